@@ -1,0 +1,139 @@
+"""Stored bytes <-> model space, with log|det| in nats: the only place where bytes become floats.
+
+log p(stored) = log p(model space) + log|d(model space)/d(stored)|. A codec is `exact` when this is an identity; with
+uniform dequantisation it is a lower bound (Theis, van den Oord, Bethge 2016, arXiv:1511.01844).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dgm_models import noise
+from dgm_models.protocols import DataSpec
+
+
+class Codec(Protocol):
+    """The contract: `decode(encode(x)[0]) == x` for every stored x."""
+
+    @property
+    def exact(self) -> bool:
+        """True when the densities on both sides differ by the log-determinant alone."""
+        ...
+
+    def encode(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored x [B, *event] and keys [B] -> (model-space x, log_det [B] in nats)."""
+        ...
+
+    def decode(self, y: Tensor) -> Tensor:
+        """Model-space y [B, *event] -> the stored form: uint8, int32 or float32."""
+        ...
+
+
+def _stored_type(levels: int) -> torch.dtype:
+    return torch.uint8 if levels <= 256 else torch.int32
+
+
+def _levels(data: DataSpec, codec: str) -> int:
+    if data.levels is None:
+        raise ValueError(f"the {codec} codec needs data of whole levels; this data is real (levels: null)")
+    return data.levels
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """The stored integers themselves, as int64: for models with a probability of every level. No Jacobian."""
+
+    data: DataSpec
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        _levels(self.data, "Discrete")
+
+    def encode(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return x.long(), torch.zeros(len(x), device=x.device)
+
+    def decode(self, y: Tensor) -> Tensor:
+        levels = _levels(self.data, "Discrete")
+        return y.clamp(0, levels - 1).to(_stored_type(levels))
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """y = 2 (x + u) / levels - 1 in (-1, 1), u uniform in (0, 1) by the example's key."""
+
+    data: DataSpec
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        _levels(self.data, "Dequantized")
+
+    def encode(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        levels = _levels(self.data, "Dequantized")
+        u = noise.uniform(key, "dequantize", self.data.shape)
+        # (x + u) may round up to x + 1 in float32 when levels is large: stay inside the cell
+        inside = (x.float() + u).minimum(torch.nextafter(x.float() + 1, x.float()))
+        log_det = self.data.dims * math.log(2.0 / levels)
+        return inside * (2.0 / levels) - 1.0, torch.full((len(x),), log_det, device=x.device)
+
+    def decode(self, y: Tensor) -> Tensor:
+        levels = _levels(self.data, "Dequantized")
+        # half an ulp of slack: (2 c / levels - 1 + 1) levels / 2 may fall just below the cell edge c
+        cell = ((y.double() + 1.0) * (levels / 2.0) + levels * 2.0**-25).floor()
+        return cell.clamp(0, levels - 1).to(_stored_type(levels))
+
+
+@dataclass(frozen=True)
+class Logit:
+    """y = logit(alpha + (1 - 2 alpha) (x + u) / levels): unbounded, for flows (RealNVP, arXiv:1605.08803, 4.1)."""
+
+    data: DataSpec
+    alpha: float = 0.05
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        _levels(self.data, "Logit")
+        if not 0 < self.alpha < 0.5:
+            raise ValueError(f"alpha: {self.alpha!r} is not between 0 and 0.5")
+
+    def encode(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det = Dequantized(self.data).encode(x, key)
+        p = self.alpha + (1 - 2 * self.alpha) * (y + 1) / 2
+        # dy/dx = (1 - 2 alpha) / levels / (p (1 - p)), of the squeezed p, not of x
+        slope = math.log((1 - 2 * self.alpha) / 2) - p.log() - (-p).log1p()
+        return p.logit(), log_det + slope.flatten(1).sum(1)
+
+    def decode(self, y: Tensor) -> Tensor:
+        p = (y.double().sigmoid() - self.alpha) / (1 - 2 * self.alpha)
+        levels = _levels(self.data, "Logit")
+        return (p * levels + levels * 2.0**-22).floor().clamp(0, levels - 1).to(_stored_type(levels))
+
+
+@dataclass(frozen=True)
+class Standardized:
+    """y = (x - location) / scale, for real data."""
+
+    data: DataSpec
+    exact: bool = True
+
+    def encode(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        log_det = -self.data.dims * math.log(self.data.scale)
+        y = (x - self.data.location) / self.data.scale
+        return y, torch.full((len(x),), log_det, device=x.device)
+
+    def decode(self, y: Tensor) -> Tensor:
+        return y * self.data.scale + self.data.location
+
+
+def continuous(data: DataSpec) -> Codec:
+    """The codec of models of real vectors: `Dequantized` for whole levels, `Standardized` for real data."""
+    return Standardized(data) if data.levels is None else Dequantized(data)
+
+
+def discrete(data: DataSpec) -> Codec:
+    """The codec of models with a likelihood of the stored values: `Discrete`, or `Standardized` for real data."""
+    return Standardized(data) if data.levels is None else Discrete(data)

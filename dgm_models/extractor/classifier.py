@@ -1,0 +1,59 @@
+"""A classifier whose penultimate layer gives the features in which samples are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dgm_models.codecs import Dequantized
+from dgm_models.construct import Positive
+from dgm_models.nn.networks import Conv, Network
+from dgm_models.objective import Loss, Objective, Turn
+from dgm_models.protocols import Batch, DataSpec, Model
+
+
+class Classifier(Model):
+    """network: data -> `feature_dim` features -> class logits."""
+
+    def __init__(self, data: DataSpec, network: Network, feature_dim: int) -> None:
+        super().__init__(data, Dequantized(data))
+        self.trunk = nn.Sequential(network.down(data.shape, feature_dim), nn.Tanh())
+        self.head = nn.Linear(feature_dim, data.classes)
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """([B, feature_dim], [B, classes]) of model-space x."""
+        found: Tensor = self.trunk(x)
+        return found, self.head(found).softmax(1)
+
+
+class CrossEntropy(Objective):
+    """-log p(label | x)."""
+
+    def turns(self) -> Sequence[Turn]:
+        return (Turn("model", self.loss),)
+
+    def loss(self, model: Classifier, batch: Batch) -> Loss:
+        assert batch.cond is not None
+        logits = model.head(model.trunk(batch.x))
+        right = (logits.argmax(1) == batch.cond).sum()
+        return Loss(F.cross_entropy(logits, batch.cond, reduction="sum"), {"accuracy": right})
+
+
+def classifier(
+    data: DataSpec, network: Network = Conv(), feature_dim: Positive = 16
+) -> tuple[Classifier, CrossEntropy]:
+    """A classifier of labelled data.
+
+    Args:
+        data: must have classes.
+        network: gives the trunk.
+        feature_dim: the size of a feature vector; the number of images compared must be at least 10 times this.
+    Raises: ValueError for data without labels.
+    """
+    if data.classes < 2:
+        raise ValueError(f"an extractor is trained on labels; this data has {data.classes} classes")
+    return Classifier(data, network, feature_dim), CrossEntropy()

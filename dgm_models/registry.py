@@ -1,0 +1,81 @@
+"""Every method as a row of text: nothing is imported until it is asked for.
+
+A method's name is the path of its file: "gan/wgan_gp" is `dgm_models/gan/wgan_gp.py`, and its function `wgan_gp`
+builds (model, objective) from a DataSpec and keyword parameters; the function's signature is the params schema.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dgm_models.construct import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method.
+
+    Attributes:
+        name: "family/method".
+        paper: authors, year, arXiv number.
+        capabilities: what the trained model can do (keys of `protocols.CAPABILITIES`).
+        data: "kind:discrete" and "kind:real": the data it can be built for.
+        synchronised: two ranks give the gradient of one. False is an exemption, and a law checks that it is one.
+    """
+
+    name: str
+    paper: str
+    capabilities: tuple[str, ...]
+    data: tuple[str, ...]
+    synchronised: bool = True
+
+    @property
+    def family(self) -> str:
+        return self.name.split("/")[0]
+
+    @property
+    def file(self) -> str:
+        """The method's file, from the repository's root."""
+        return f"dgm_models/{self.name}.py"
+
+
+_ANY_IMAGE = ("image:discrete", "vector:discrete", "vector:real")
+
+ROWS: tuple[Row, ...] = (
+    Row("vae/vae", "Kingma and Welling 2014, arXiv:1312.6114", ("samples", "bound", "latents"), _ANY_IMAGE),
+    Row("vae/beta_vae", "Higgins et al. 2017, ICLR", ("samples", "bound", "latents"), _ANY_IMAGE),
+    Row("gan/non_saturating", "Goodfellow et al. 2014, arXiv:1406.2661", ("samples",), _ANY_IMAGE),
+    Row("gan/wgan_gp", "Gulrajani et al. 2017, arXiv:1704.00028", ("samples",), _ANY_IMAGE),
+    Row(
+        "autoregressive/made",
+        "Germain et al. 2015, arXiv:1502.03509",
+        ("samples", "density"),
+        ("image:discrete", "vector:discrete"),
+    ),
+)
+
+# what the pipeline trains but no leaderboard ranks
+TOOLS: tuple[Row, ...] = (
+    Row("extractor/classifier", "a classifier's penultimate layer", ("features",), ("image:discrete",)),
+)
+
+METHODS: dict[str, Row] = {row.name: row for row in ROWS}
+
+
+def row(name: str) -> Row:
+    """The row of a method or tool, or ConfigError with the nearest name."""
+    known = METHODS | {tool.name: tool for tool in TOOLS}
+    if name not in known:
+        raise ConfigError(f"method.name: {name!r} is not registered{did_you_mean(str(name), METHODS)}")
+    return known[name]
+
+
+def builder(name: str) -> Callable[..., Any]:
+    """The function that builds a method; importing it imports torch."""
+    found = row(name)
+    module = importlib.import_module(f"dgm_models.{found.name.replace('/', '.')}")
+    function: Callable[..., Any] = getattr(module, found.name.split("/")[1])
+    return function

@@ -1,0 +1,93 @@
+"""Where a training runs: device, rank, reduction, precision. The trainer knows torch.distributed through this alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One worker's view of the run.
+
+    Attributes:
+        device: where model and batches live.
+        rank, world: this worker's number among all.
+        precision: of the forward pass (autocast); parameters and optimizers stay float32.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    world: int = 1
+    precision: Precision = "float32"
+
+    @classmethod
+    def of_process_group(cls, device: torch.device, precision: Precision = "float32") -> Runtime:
+        """The runtime of an initialised torch.distributed group."""
+        return cls(device, dist.get_rank(), dist.get_world_size(), precision)
+
+    @property
+    def chief(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> Any:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Sums every tensor over the ranks, in place: one all-reduce for each type."""
+        if self.world == 1:
+            return
+        for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+            group = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1) for tensor in group])
+            dist.all_reduce(flat)
+            for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The ranks' rows, concatenated in rank order; ranks may differ in their number of rows."""
+        if self.world == 1:
+            return tensor
+        sizes = [torch.zeros((), dtype=torch.int64, device=tensor.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor(len(tensor), device=tensor.device))
+        most = max(int(size) for size in sizes)
+        padded = tensor.new_zeros(most, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+    def share(self, rows: int) -> tuple[int, int]:
+        """The half-open interval of a global batch's rows that this rank takes; shares differ by at most one row."""
+        return rows * self.rank // self.world, rows * (self.rank + 1) // self.world
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+_current: list[Runtime] = [Runtime()]
+
+
+def current() -> Runtime:
+    """The runtime of the trainer that is stepping: for objectives that gather or reduce."""
+    return _current[-1]
+
+
+@contextmanager
+def use(runtime: Runtime) -> Iterator[Runtime]:
+    _current.append(runtime)
+    try:
+        yield runtime
+    finally:
+        _current.pop()

@@ -1,0 +1,363 @@
+"""The trainer: takes the turns of any objective. It knows no family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dgm_models import noise
+from dgm_models.construct import Fraction, NonNegative, Positive
+from dgm_models.objective import Loss, Objective, Turn
+from dgm_models.protocols import Batch, Model
+from dgm_models.training import checkpoint
+from dgm_models.training.average import Average
+from dgm_models.training.optim import Optims
+from dgm_models.training.runtime import Precision, Runtime, use
+from dgm_models.training.source import Source
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long and in what portions a training runs. All of it is part of the run's identity.
+
+    Args:
+        steps: trainer steps; a step takes every turn once.
+        batch_size: examples of one global batch.
+        accumulate: micro-batches that a worker makes of its share.
+        average: decay of the averaged weights that are evaluated, 0 for none.
+        report_every: steps between reported metrics.
+        checkpoint_every: steps between resumable checkpoints.
+        validate_every: steps between validation losses, 0 for none (one-player methods).
+        keep: "best" evaluates the weights of the lowest validation loss, "last" those of the last step.
+        patience: validations without a new best after which training stops, 0 for never.
+        precision: of the forward pass.
+        compile: torch.compile of the losses.
+        threads: CPU threads of a worker; part of the identity because it changes the last bits.
+    """
+
+    steps: Positive = 1000
+    batch_size: Positive = 128
+    accumulate: Positive = 1
+    average: Fraction = 0.0
+    report_every: Positive = 100
+    checkpoint_every: Positive = 500
+    validate_every: NonNegative = 0
+    keep: Literal["last", "best"] = "last"
+    patience: NonNegative = 0
+    precision: Precision = "float32"
+    compile: bool = False
+    threads: Positive = 1
+
+    def __post_init__(self) -> None:
+        if self.keep == "best" and not self.validate_every:
+            raise ValueError("keep: 'best' needs validate_every above 0")
+        if self.patience and not self.validate_every:
+            raise ValueError("patience: needs validate_every above 0")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate: {self.accumulate} micro-batches of {self.batch_size} examples")
+
+
+Metrics = dict[str, float]
+
+
+class Trainer:
+    """Everything that a killed training needs to go on, and the step that moves it.
+
+    Args:
+        model, objective: what a method's function builds.
+        source: the training examples.
+        train, optim: settings.
+        seed: of all noise; initial weights are the caller's.
+        runtime: device, rank, precision.
+        valid: validation examples, needed when `train.validate_every` is set.
+    Raises: ValueError when the settings cannot hold for this objective.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        source: Source,
+        train: Train,
+        optim: Optims,
+        seed: int,
+        runtime: Runtime | None = None,
+        valid: Source | None = None,
+    ) -> None:
+        self.runtime = runtime or Runtime()
+        self.model = model.to(self.runtime.device)
+        self.objective = objective.to(self.runtime.device)
+        self.source, self.valid = source, valid
+        self.train, self.optim, self.seed = train, optim, seed
+        self.turns = tuple(objective.turns())
+        self.players = model.players()
+        self._check()
+        optim.check(self.players)
+        self.optimizers = {name: optim.of(name).build(player) for name, player in self.players.items()}
+        self.average = Average(model, train.average).to(self.runtime.device) if train.average else None
+        self.best = Average(self.evaluated, 0.0) if train.keep == "best" else None
+        self.step_number, self.position = 0, 0
+        self.best_loss, self.since_best = float("inf"), 0
+        self._losses = [torch.compile(turn.loss) if train.compile else turn.loss for turn in self.turns]
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def _check(self) -> None:
+        train, world = self.train, self.runtime.world
+        if not self.objective.additive and train.accumulate > 1:
+            raise ValueError(
+                f"train.accumulate: {type(self.objective).__name__} couples the examples of a batch; set it to 1"
+            )
+        if self.objective.double_backward and train.compile:
+            raise ValueError(
+                f"train.compile: {type(self.objective).__name__} differentiates a gradient, which torch.compile "
+                "does not support; set it to false"
+            )
+        if train.batch_size < world * train.accumulate:
+            raise ValueError(
+                f"train.batch_size: {train.batch_size} is less than {world} workers x {train.accumulate} micro-batches"
+            )
+        for turn in self.turns:
+            if turn.player not in self.players:
+                raise ValueError(f"turn of {turn.player!r}, but the model has {', '.join(self.players)}")
+        if train.validate_every:
+            if len(self.turns) != 1:
+                raise ValueError("train.validate_every: a game has no validation loss; set it to 0")
+            if self.valid is None:
+                raise ValueError("train.validate_every: needs a validation split")
+
+    # ---- the step
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that follow training most closely and are evaluated: averaged where there is an average."""
+        return self.average.module if self.average else self.model
+
+    @property
+    def done(self) -> bool:
+        stopped = self.train.patience and self.since_best >= self.train.patience
+        return self.step_number >= self.train.steps or bool(stopped)
+
+    def step(self) -> None:
+        """Takes every turn once."""
+        with use(self.runtime):
+            if self.step_number == 0 and self.position == 0:
+                self._initialize()
+            self.model.train()
+            shared: Batch | Sequence[Batch] | None = None
+            for index, turn in enumerate(self.turns):
+                if self.step_number % turn.every:
+                    continue
+                for update in range(turn.updates):
+                    if turn.fresh or shared is None:
+                        drawn = self._draw()
+                        shared = shared if turn.fresh else drawn
+                    batch = drawn if turn.fresh else shared
+                    assert batch is not None
+                    self._update(index, turn, _nth(batch, update, turn), update)
+            if self.average:
+                self.average.update(self.model)
+            with torch.no_grad():
+                self.objective.advance(self.model, self.step_number)
+            self.step_number += 1
+            if self.train.validate_every and self.step_number % self.train.validate_every == 0:
+                self._validate()
+
+    def _fetch(self, source: Source, start: int, stop: int, *path: int | str) -> Batch:
+        batch = source.batch(start, stop).to(self.runtime.device).fold("seed", self.seed, *path)
+        x, log_det = self.model.codec.encode(batch.x, batch.key)
+        return replace(batch, x=x, log_det=log_det)
+
+    def _draw(self) -> Batch | Sequence[Batch]:
+        """The next global batch: this rank's share of it, encoded and prepared."""
+        first, last = self.runtime.share(self.train.batch_size)
+        batch = self._fetch(self.source, self.position + first, self.position + last, "train")
+        self.position += self.train.batch_size
+        torch.manual_seed(noise.digest(self.seed, "prepare", self.position, self.runtime.rank))
+        with torch.no_grad():
+            return self.objective.prepare(self.model, batch)
+
+    def _initialize(self) -> None:
+        batch = self._fetch(self.source, 0, self.train.batch_size, "initialize")
+        torch.manual_seed(noise.digest(self.seed, "initialize"))
+        with torch.no_grad():
+            self.objective.initialize(self.model, batch)
+
+    def _update(self, index: int, turn: Turn, batch: Batch, update: int) -> None:
+        """One optimizer update of one player: gradients are sums over all ranks' micro-batches over the global count."""
+        optimizer, settings = self.optimizers[turn.player], self.optim.of(turn.player)
+        where = (self.seed, self.step_number, index, update)
+        batch = batch.fold("update", self.step_number, index, update)
+        sums: dict[str, Tensor] = {}
+        count = torch.zeros((), device=self.runtime.device)
+        with _only(self.players, turn.player) as parameters:
+            for part, micro in enumerate(batch.split(self.train.accumulate)):
+                # dropout and the like: the same after a resume, different on every rank
+                torch.manual_seed(noise.digest("update", *where, part, self.runtime.rank))
+                with self.runtime.autocast():
+                    loss: Loss = self._losses[index](self.model, micro)
+                loss.total.backward()  # type: ignore[no-untyped-call]
+                count += self.objective.count(micro)
+                for name, value in {"loss": loss.total, **loss.metrics}.items():
+                    sums[name] = sums.get(name, 0) + value.detach().float()
+            with_gradient = [p for p in parameters if p.grad is not None]
+            gradients = [p.grad for p in with_gradient if p.grad is not None]
+            agreed = torch.tensor([float(len(gradients)), float(self.runtime.world)], device=self.runtime.device)
+            self.runtime.sum([*gradients, count, agreed, *sums.values()])
+            if self.runtime.world > 1 and float(agreed[0]) != len(gradients) * self.runtime.world:
+                raise RuntimeError(f"the ranks disagree which parameters of {turn.player!r} have gradients")
+            torch._foreach_div_(gradients, count)
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if not bool(torch.isfinite(norm)):
+                raise FloatingPointError(
+                    f"step {self.step_number}: the gradient of {turn.player!r} is not finite (loss "
+                    f"{float(sums['loss'] / count):g}); lower optim.lr, or set optim.clip or optim.warmup"
+                )
+            if settings.clip:
+                torch.nn.utils.clip_grads_with_norm_(with_gradient, settings.clip, norm)
+            factor = settings.factor(self.step_number, self.train.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        prefix = f"{turn.player}/" if len(self.players) > 1 else ""
+        for name, value in sums.items():
+            self._record(prefix + name, value, count)
+        self._record(f"{prefix}gradient_norm", norm, torch.ones_like(norm))
+
+    def _record(self, name: str, total: Tensor, count: Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0) + total
+        self._counts[name] = self._counts.get(name, 0) + count
+
+    def metrics(self) -> Metrics:
+        """Means since the last call: nats per example for losses; identical on every rank."""
+        means = {name: float(total / self._counts[name]) for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
+
+    # ---- validation
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """The mean validation loss of the evaluated weights; the noise is the same at every validation."""
+        assert self.valid is not None
+        model = self.evaluated
+        was_training = model.training
+        model.eval()
+        totals = torch.zeros(2, device=self.runtime.device)
+        for start in range(0, len(self.valid), self.train.batch_size):
+            rows = min(self.train.batch_size, len(self.valid) - start)
+            first, last = self.runtime.share(rows)
+            if last > first:
+                batch = self._fetch(self.valid, start + first, start + last, "valid")
+                with self.runtime.autocast():
+                    loss = self.turns[0].loss(model, batch)
+                totals += torch.stack([loss.total.float(), torch.as_tensor(self.objective.count(batch)).to(totals)])
+        self.runtime.sum([totals])
+        model.train(was_training)
+        value = float(totals[0] / totals[1])
+        self._record("valid/loss", totals[0], totals[1])
+        self.since_best += 1
+        if value < self.best_loss:
+            self.best_loss, self.since_best = value, 0
+            if self.best:
+                self.best.update(model)
+
+    # ---- what is kept
+
+    def final(self) -> nn.Module:
+        """The weights that this training hands on."""
+        return self.best.module if self.best else self.evaluated
+
+    def _modules(self) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {"model": self.model, "objective": self.objective}
+        if self.average:
+            found["average"] = self.average
+        if self.best:
+            found["best"] = self.best
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Writes the whole state: what `load` needs to go on bit for bit."""
+        tensors: dict[str, Mapping[str, Tensor]] = {name: m.state_dict() for name, m in self._modules().items()}
+        state: dict[str, Any] = {
+            "step": self.step_number,
+            "position": self.position,
+            "best_loss": None if self.best_loss == float("inf") else self.best_loss,
+            "since_best": self.since_best,
+            "optimizers": {},
+        }
+        for player, optimizer in self.optimizers.items():
+            tensors[f"optimizer-{player}"], state["optimizers"][player] = checkpoint.flatten_optimizer(optimizer)
+        sums = {f"sum.{name}": torch.as_tensor(value) for name, value in self._sums.items()}
+        tensors["metrics"] = sums | {f"count.{name}": torch.as_tensor(v) for name, v in self._counts.items()}
+        checkpoint.write(folder, tensors, {"state": state})
+
+    def load(self, folder: Path) -> None:
+        """Goes back to what `save` wrote. Raises checkpoint.Damaged when the folder is not intact."""
+        checkpoint.verify(folder)
+        for name, module in self._modules().items():
+            module.load_state_dict(checkpoint.read_tensors(folder, name))
+        state = checkpoint.read_document(folder, "state")
+        for player, optimizer in self.optimizers.items():
+            tensors = checkpoint.read_tensors(folder, f"optimizer-{player}")
+            checkpoint.restore_optimizer(optimizer, tensors, state["optimizers"][player])
+        self.step_number, self.position = state["step"], state["position"]
+        self.best_loss = float("inf") if state["best_loss"] is None else state["best_loss"]
+        self.since_best = state["since_best"]
+        metrics = checkpoint.read_tensors(folder, "metrics")
+        device = self.runtime.device
+        self._sums = {k.removeprefix("sum."): v.to(device) for k, v in metrics.items() if k.startswith("sum.")}
+        self._counts = {k.removeprefix("count."): v.to(device) for k, v in metrics.items() if k.startswith("count.")}
+
+    def run(
+        self,
+        report: Callable[[int, Metrics], None] | None = None,
+        save: Callable[[Trainer], None] | None = None,
+    ) -> None:
+        """Steps to the end; `report` and `save` are called at their intervals and at the last step."""
+        with torch.random.fork_rng(), _threads(self.train.threads):
+            while not self.done:
+                self.step()
+                last = self.done
+                if report and (last or self.step_number % self.train.report_every == 0):
+                    report(self.step_number, self.metrics())
+                if save and (last or self.step_number % self.train.checkpoint_every == 0):
+                    save(self)
+
+
+def _nth(batch: Batch | Sequence[Batch], update: int, turn: Turn) -> Batch:
+    if isinstance(batch, Batch):
+        return batch
+    if len(batch) != turn.updates:
+        raise ValueError(f"prepare gave {len(batch)} batches for the {turn.updates} updates of {turn.player!r}")
+    return batch[update]
+
+
+@contextmanager
+def _only(players: Mapping[str, nn.Module], active: str) -> Iterator[list[nn.Parameter]]:
+    """The active player's parameters ask for gradients, nobody else's do."""
+    idle = [p for name, player in players.items() if name != active for p in player.parameters() if p.requires_grad]
+    for p in idle:
+        p.requires_grad_(False)
+    try:
+        yield [p for p in players[active].parameters() if p.requires_grad]
+    finally:
+        for p in idle:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""Raw bytes -> rows -> parquet shards and a manifest, and back into tensors."""

@@ -1,0 +1,32 @@
+"""The table of datasets; nothing is imported until it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import cast
+
+from pipelines.data.raw import Dataset
+
+TABLE = {
+    "digits": "pipelines.data.datasets.digits:Digits",
+    "mnist": "pipelines.data.datasets.mnist:Mnist",
+    "fashion-mnist": "pipelines.data.datasets.fashion_mnist:FashionMnist",
+    "binarized-mnist": "pipelines.data.datasets.binarized_mnist:BinarizedMnist",
+    "moons": "pipelines.data.datasets.moons:Moons",
+    "eight-gaussians": "pipelines.data.datasets.eight_gaussians:EightGaussians",
+    "checkerboard": "pipelines.data.datasets.checkerboard:Checkerboard",
+    "pinwheel": "pipelines.data.datasets.pinwheel:Pinwheel",
+    "image-folder": "pipelines.data.datasets.image_folder:ImageFolder",
+    "npy": "pipelines.data.datasets.npy:Npy",
+}
+
+
+def dataset_class(name: str) -> type[Dataset]:
+    """The class behind a name. Raises: ValueError with the nearest name, or all of them."""
+    if name not in TABLE:
+        near = difflib.get_close_matches(str(name), TABLE, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(TABLE)}"
+        raise ValueError(f"dataset {name!r}: unknown; {hint}")
+    module, attribute = TABLE[name].split(":")
+    return cast("type[Dataset]", getattr(import_module(module), attribute))

@@ -1,0 +1,129 @@
+"""What a dataset's `read` returns, and the one door through which it must pass before it is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dgm_models.protocols import KINDS, Kind
+
+Array = npt.NDArray[Any]
+
+SPLITS = ("train", "valid", "test")
+AXES = {"image": 3, "vector": 1, "tokens": 1, "audio": 2}  # "codes" may have any number of axes
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the raw bytes come from.
+
+    Attributes:
+        origin: the public home or a description; never a path of this machine.
+        files: raw file name -> sha256.
+    """
+
+    origin: str
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Raw:
+    """A whole dataset in memory.
+
+    Attributes:
+        x: [N, *shape]; integers 0..levels-1, or floats when `levels` is None.
+        kind, levels, classes: as in `DataSpec`.
+        labels: [N] integers 0..classes-1, or None.
+        class_names: one name a class, or empty.
+        splits: rows [start, stop) that the source itself gives to a split. Without "valid" it is cut from "train";
+            None when the source fixes nothing.
+        entropy_nats: of one example's density, where it is known.
+    """
+
+    x: Array
+    kind: Kind
+    licence: str
+    source: Source
+    levels: int | None = None
+    labels: Array | None = None
+    classes: int = 0
+    class_names: tuple[str, ...] = ()
+    splits: Mapping[str, tuple[int, int]] | None = None
+    entropy_nats: float | None = None
+
+
+class Dataset(Protocol):
+    """One frozen dataclass a dataset: its constructor's signature is the schema of its params section."""
+
+    def read(self, seed: int) -> Raw:
+        """The whole dataset; `seed` matters only to what is generated."""
+        ...
+
+
+def checked(name: str, raw: Raw) -> Raw:
+    """The same rows in their stored dtype: uint8 (levels <= 256), int32, or float32 for real numbers.
+
+    Raises: ValueError for an empty set, a wrong shape or dtype, NaN, values outside the levels, constant data
+    and labels that do not fit; it names the dataset, what was found and what is expected.
+    """
+    _check_shape(name, raw)
+    x = _reals(name, raw.x) if raw.levels is None else _integers(name, raw.x, raw.levels)
+    if x.min() == x.max():
+        raise ValueError(f"{name}: every value is {x.min()}; expected data that vary")
+    return replace(raw, x=x, labels=_labels(name, raw))
+
+
+def _check_shape(name: str, raw: Raw) -> None:
+    if raw.kind not in KINDS:
+        raise ValueError(f"{name}: kind {raw.kind!r}; expected one of {', '.join(KINDS)}")
+    if raw.x.ndim == 0 or len(raw.x) == 0:
+        raise ValueError(f"{name}: an array of shape {raw.x.shape} without rows; expected at least one row")
+    axes = AXES.get(raw.kind, max(raw.x.ndim - 1, 1))
+    if raw.x.ndim != axes + 1:
+        raise ValueError(
+            f"{name}: an array of shape {raw.x.shape}; expected {axes + 1} axes, rows first, for kind {raw.kind!r}"
+        )
+    if 0 in raw.x.shape:
+        raise ValueError(f"{name}: an array of shape {raw.x.shape}; expected no axis of length 0")
+
+
+def _reals(name: str, x: Array) -> Array:
+    if x.dtype.kind != "f":
+        raise ValueError(f"{name}: dtype {x.dtype} without levels; expected floats, or give levels for integers")
+    with np.errstate(over="ignore"):
+        single = x.astype(np.float32)
+    if not np.isfinite(single).all():
+        _name_value(name, x, ~np.isfinite(single), "finite float32 numbers")
+    return single
+
+
+def _integers(name: str, x: Array, levels: int) -> Array:
+    if not 2 <= levels <= 2**31 - 1:
+        raise ValueError(f"{name}: {levels} levels; expected 2 to 2^31 - 1")
+    if x.dtype.kind not in "iub":
+        raise ValueError(f"{name}: dtype {x.dtype} with {levels} levels; expected integers 0..{levels - 1}")
+    if x.min() < 0 or x.max() >= levels:
+        _name_value(name, x, (x < 0) | (x >= levels), f"integers 0..{levels - 1}")
+    return x.astype(np.uint8 if levels <= 256 else np.int32)
+
+
+def _name_value(name: str, x: Array, wrong: Array, expected: str) -> NoReturn:
+    where = tuple(int(i) for i in np.argwhere(wrong)[0])
+    raise ValueError(f"{name}: row {where[0]} holds {x[where]} at {where[1:]}; expected {expected}")
+
+
+def _labels(name: str, raw: Raw) -> Array | None:
+    if raw.labels is None:
+        return None
+    if raw.labels.shape != (len(raw.x),):
+        raise ValueError(f"{name}: labels of shape {raw.labels.shape}; expected ({len(raw.x)},), one a row")
+    if raw.labels.dtype.kind not in "iu":
+        raise ValueError(f"{name}: labels of dtype {raw.labels.dtype}; expected integers")
+    low, high = int(raw.labels.min()), int(raw.labels.max())
+    if low < 0 or high >= raw.classes:
+        raise ValueError(f"{name}: labels {low}..{high}; expected 0..{raw.classes - 1}")
+    return raw.labels.astype(np.int32)
