@@ -124,12 +124,8 @@ def fit(
         Runtime(torch.device(device), precision=settings.precision), None if valid is None else source(valid, False),
     )  # fmt: skip
 
-    def keep(step: int, metrics: Metrics) -> None:
-        method.history.append((step, metrics))
-        if report:
-            report(step, metrics)
-
-    trainer.run(keep)
+    trainer.run(report)
+    method.history = trainer.history
     final = trainer.final()
     if final is not method.model:
         method.model.load_state_dict(final.state_dict())

@@ -1,7 +1,7 @@
 """Fidelity, diversity and copying, from nearest neighbours in a feature space.
 
-Every ball of a row reaches to its k-th nearest neighbour in its own sample. Leaving a row out removes its ball and lets
-those balls grow to the (k+1)-th neighbour that had it among the k; all deletions together cost one pass.
+The ball of a row reaches to its k-th nearest neighbour in its own sample. Neighbours are found once: each half sample
+of the jackknife only counts again which of them it keeps.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dgm_models.metrics.estimate import Deleted, Estimate, checked, jackknife, jackknife_share
+from dgm_models.metrics.estimate import HALVES, Estimate, checked, delete_half, half_samples
 
 _BLOCK = 2048
+_DEPTH = 20  # nearest rows kept for the half samples: none is left with probability 2^-20
 
 
 class PrecisionRecall(NamedTuple):
@@ -68,7 +69,12 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
     Source: Kynkaanniemi et al. 2019, algorithm 1, arXiv:1904.06991. Differs: intervals.
     """
     real, fake = _pair("precision_recall", real, fake, k)
-    return PrecisionRecall(_inside(fake, real, k), _inside(real, fake, k))
+    n = min(len(real), len(fake))
+    precision, recall = _Balls(real, fake, k).held, _Balls(fake, real, k).held
+    return PrecisionRecall(
+        delete_half(float(precision[0]), precision[1:]).share(n, len(fake)),
+        delete_half(float(recall[0]), recall[1:]).share(n, len(real)),
+    )
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityCoverage:
@@ -87,37 +93,12 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityCoverage:
     Source: Naeem et al. 2020, eq. 3-4 and lemma 2, arXiv:2002.09797. Differs: intervals.
     """
     real, fake = _pair("density_coverage", real, fake, k)
-    n, m = len(real), len(fake)
-    radii, neighbours = _balls(real, k)
-    held = torch.zeros(m, dtype=real.dtype, device=real.device)  # balls that hold the fake
-    sole = torch.zeros(m, dtype=real.dtype, device=real.device)  # balls that hold it and no other
-    inside = torch.zeros(n, dtype=real.dtype, device=real.device)  # fakes in the ball
-    grown = torch.zeros_like(inside)  # fakes in the ball once it has grown
-    for rows, squares in _squared_distances(real, fake):
-        small = squares <= radii[rows, 0:1]
-        held += small.sum(0)
-        sole += (small & (small.sum(1, keepdim=True) == 1)).sum(0)
-        inside[rows] = small.sum(1).to(real.dtype)
-        grown[rows] = (squares <= radii[rows, 1:2]).sum(1).to(real.dtype)
-    total, covered = inside.sum(), (inside > 0).to(real.dtype)
-
-    def regrown(gain: Tensor) -> Tensor:  # [n]: what the balls gain that had each row as a neighbour
-        return torch.zeros_like(gain).index_add_(0, neighbours.flatten(), gain.repeat_interleave(k))
-
-    density = jackknife(
-        float(total / (k * m)),
-        Deleted((total - inside + regrown(grown - inside)) / (k * m)),
-        Deleted((total - held) / (k * (m - 1))),
-        n=min(n, m), correct=False,
-    )  # fmt: skip
-    coverage = jackknife_share(
-        float(covered.mean()),
-        Deleted((covered.sum() - covered + regrown((grown > 0).to(real.dtype) - covered)) / (n - 1)),
-        Deleted((covered.sum() - sole) / n),
-        n=min(n, m), rows=n,
-    )  # fmt: skip
-    floor = max(0.0, min(density.low, density.value))
-    return DensityCoverage(Estimate(density.value, floor, density.high, density.n), coverage)
+    n, balls = min(len(real), len(fake)), _Balls(real, fake, k)
+    density = delete_half(float(balls.density[0]), balls.density[1:]).interval(n)
+    return DensityCoverage(
+        Estimate(density.value, max(0.0, density.low), density.high, n),
+        delete_half(float(balls.filled[0]), balls.filled[1:]).share(n, len(real)),
+    )
 
 
 def copies(train: Tensor, held_out: Tensor, fake: Tensor, alpha: float = 0.01) -> Copies:
@@ -153,30 +134,28 @@ def copies(train: Tensor, held_out: Tensor, fake: Tensor, alpha: float = 0.01) -
         )
     n, h, m = len(train), len(held_out), len(fake)
 
-    fake_distances, near_train = _nearest(fake, train)  # [m, 2]: the two nearest
-    to_held, near_held = _nearest(fake, held_out)
-    nearer = _mann_whitney(fake_distances[:, 0], _nearest(held_out, train)[0][:, 0])
+    to_train, train_rows = _nearest(fake, train, _DEPTH)  # [m, depth]
+    to_held, held_rows = _nearest(fake, held_out, _DEPTH)
+    nearer = _mann_whitney(to_train[:, 0], _nearest(held_out, train, 1)[0][:, 0])
 
-    # The two nearest of all rows; in a tie the held-out row is the nearer one, which speaks for the sampler.
-    order = torch.cat([to_held, fake_distances], 1).argsort(1, stable=True)
-    rows = torch.cat([near_held, near_train + h], 1).gather(1, order)
-    first, second = rows[:, 0], rows[:, 1]
-    from_train = (first >= h).double()
-    attracted = torch.bincount(first, minlength=n + h).double()  # [h + n] samples that each row is nearest to
+    # The nearest of all rows; in a tie the held-out row is the nearer one, which speaks for the sampler.
+    order = torch.cat([to_held, to_train], 1).argsort(dim=1, stable=True)
+    rows = torch.cat([held_rows, train_rows + h], 1).gather(1, order)[:, :_DEPTH]
+    attracted = torch.bincount(rows[:, 0], minlength=n + h).double()  # samples that each row is the nearest to
     chance = n / (n + h)
-    spread = n * h / ((n + h) * (n + h - 1)) * float((attracted - attracted.mean()).square().sum())
-    attached = float(from_train.sum() - m * chance) / math.sqrt(spread) if spread > 0 else 0.0
+    total = float(attracted[h:].sum())
+    variance = n * h / ((n + h) * (n + h - 1)) * float((attracted - attracted.mean()).square().sum())
+    attached = (total - m * chance) / math.sqrt(variance) if variance > 0 else 0.0
 
-    # Without a row, its samples fall to their second nearest.
-    moved = torch.zeros_like(attracted).index_add_(0, first, (second >= h).double() - from_train)
-    total = from_train.sum()
-    near = jackknife_share(
-        float(total / m), Deleted((total - from_train) / (m - 1)), Deleted((total + moved[h:]) / m),
-        Deleted((total + moved[:h]) / m), n=min(n, h, m), rows=m,
-    )  # fmt: skip
+    kept_rows = torch.cat([half_samples(h, 1), half_samples(n, 2)], 1).to(rows.device)
+    halves = []
+    for kept, kept_fakes in zip(kept_rows, half_samples(m, 0).to(rows.device), strict=True):
+        first = kept[rows].to(torch.int8).argmax(1)  # the nearest that is left
+        halves.append((rows.gather(1, first[:, None])[:, 0] >= h)[kept_fakes].double().mean())
+    near = delete_half(total / m, torch.stack(halves)).share(min(n, h, m), m)
     value, low, high = (max(0.0, (each - chance) / (1 - chance)) for each in (near.value, near.low, near.high))
+    twice = float((4 * to_train[:, 0] < to_held[:, 0]).double().mean())
     bar = NormalDist().inv_cdf(1 - alpha / 2)
-    twice = float((4 * fake_distances[:, 0] < to_held[:, 0]).double().mean())
     copied = attached > bar or (nearer < -bar and value >= 0.5 and twice >= 0.5)
     return Copies(Estimate(value, low, high, near.n), nearer, attached, copied, alpha)
 
@@ -204,56 +183,72 @@ def _squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(start, start + len(part)), torch.where(squares > 1e-13 * sums, squares, 0)
 
 
-def _balls(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """[n, 2] squared radii to the k-th and the (k+1)-th neighbour, [n, k] the k neighbours."""
-    radii, neighbours = [], []
-    for part, squares in _squared_distances(rows, rows):
-        own = torch.arange(part.start, part.stop, device=rows.device)
-        squares[own - part.start, own] = math.inf
-        values, index = squares.topk(k + 1, dim=1, largest=False)
-        radii.append(values[:, k - 1 :])
-        neighbours.append(index[:, :k])
-    return torch.cat(radii), torch.cat(neighbours)
+class _Balls:
+    """Which queries lie in which centres' balls: [1 + HALVES] numbers each, of all rows and of every half sample.
+
+    Attributes:
+        held: share of queries in some ball.
+        filled: share of balls with some query.
+        density: queries in a ball, summed over balls, over k times the queries.
+    """
+
+    def __init__(self, centres: Tensor, queries: Tensor, k: int) -> None:
+        n, m, device = len(centres), len(queries), centres.device
+        everything = torch.ones(1, dtype=torch.bool)
+        kept_centres = torch.cat([everything.expand(1, n), half_samples(n, 1)]).to(device)
+        kept_queries = torch.cat([everything.expand(1, m), half_samples(m, 0)]).to(device)
+
+        # A half keeps fewer than k of 4k + 12 neighbours with probability 2e-5.
+        depth = min(n - 1, 4 * k + 12)
+        distances, neighbours = _nearest(centres, centres, depth, others=True)  # [n, depth]
+        closer = torch.zeros(1 + HALVES, n, depth + 1, dtype=torch.int16, device=device)
+        for kept, counts in zip(kept_centres, closer, strict=True):  # kept neighbours among the nearest 0, 1, ... depth
+            torch.cumsum(kept[neighbours], 1, dtype=torch.int16, out=counts[:, 1:])
+
+        held = torch.zeros(1 + HALVES, dtype=torch.float64, device=device)
+        pairs = torch.zeros_like(held)
+        filled = torch.zeros(1 + HALVES, n, dtype=torch.bool, device=device)
+        for rows, squares in _squared_distances(queries, centres):
+            # a query lies in a ball when fewer than k kept neighbours are strictly closer to the centre than it is
+            query, centre = (squares <= distances[:, -1]).nonzero().unbind(1)
+            rank = torch.cat(
+                [
+                    torch.searchsorted(distances[centre[at]], squares[query[at], centre[at]][:, None])[:, 0]
+                    for at in (slice(start, start + 2**20) for start in range(0, len(query) or 1, 2**20))
+                ]
+            )
+            for half in range(1 + HALVES):
+                here = kept_queries[half, rows]
+                inside = (closer[half, centre, rank] < k) & kept_centres[half, centre] & here[query]
+                found = torch.zeros_like(here)
+                found[query[inside]] = True
+                held[half] += found.sum()
+                pairs[half] += inside.sum()
+                filled[half, centre[inside]] = True
+        queries_kept, centres_kept = kept_queries.sum(1), kept_centres.sum(1)
+        self.held = held / queries_kept
+        self.filled = filled.sum(1).double() / centres_kept
+        self.density = pairs / (k * queries_kept)
 
 
-def _inside(queries: Tensor, centres: Tensor, k: int) -> Estimate:
-    """The share of queries inside some centre's ball."""
-    n, m = len(centres), len(queries)
-    radii, neighbours = _balls(centres, k)
-    inside = torch.zeros(m, dtype=queries.dtype, device=queries.device)
-    change = torch.zeros(n, dtype=queries.dtype, device=queries.device)  # queries won by leaving out each centre
-    for rows, squares in _squared_distances(queries, centres):
-        small = squares <= radii[:, 0]
-        count = small.sum(1)
-        inside[rows] = (count > 0).to(queries.dtype)
-        few = (count <= 1).nonzero()[:, 0]  # more than one ball: no single deletion matters
-        keep = small[few].to(torch.int8).argmax(1)  # the only ball, where there is one
-        alone = count[few] == 1
-        query, centre = (squares[few] <= radii[:, 1]).nonzero().unbind(1)  # balls that hold the query once grown
-        growers = neighbours[centre]  # [pairs, k]: leaving out one of these lets the ball grow
-        caught = (query[:, None] * n + growers)[~alone[query]].unique() % n
-        change += torch.bincount(caught, minlength=n)
-        saved = torch.zeros_like(alone)
-        saved[query[(growers == keep[query][:, None]).any(1)]] = True
-        change -= torch.bincount(keep[alone & ~saved], minlength=n)
-    total = inside.sum()
-    return jackknife_share(
-        float(total / m), Deleted((total - inside) / (m - 1)), Deleted((total + change) / m), n=min(n, m), rows=m
-    )
-
-
-def _nearest(queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[m, 2] squared distances to the two nearest rows, [m, 2] which they are."""
-    found = [squares.topk(2, dim=1, largest=False) for _, squares in _squared_distances(queries, rows)]
-    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+def _nearest(queries: Tensor, rows: Tensor, count: int, *, others: bool = False) -> tuple[Tensor, Tensor]:
+    """[m, count] squared distances to the nearest rows, ascending, and which they are; `others`: not to itself."""
+    values, indices = [], []
+    for part, squares in _squared_distances(queries, rows):
+        if others:
+            own = torch.arange(part.start, part.stop, device=rows.device)
+            squares[own - part.start, own] = math.inf
+        found = squares.topk(count, dim=1, largest=False)
+        values.append(found.values)
+        indices.append(found.indices)
+    return torch.cat(values), torch.cat(indices)
 
 
 def _mann_whitney(x: Tensor, y: Tensor) -> float:
-    """z of the count of pairs with x > y, ties counted half and their variance corrected; negative when x is smaller."""
+    """z of the number of pairs with x > y, a tie counted half; negative when x is smaller."""
     m, n = len(x), len(y)
-    ordered = y.sort().values
-    wins = float(torch.searchsorted(ordered, x).sum() + torch.searchsorted(ordered, x, right=True).sum()) / 2
-    ties = torch.cat([x, y]).unique(return_counts=True)[1].double()
-    lost = float((ties**3 - ties).sum()) / ((m + n) * (m + n - 1))
-    variance = m * n / 12 * (m + n + 1 - lost)
+    ordered, pooled = y.sort().values, torch.cat([x, y]).sort().values
+    wins = float((torch.searchsorted(ordered, x) + torch.searchsorted(ordered, x, right=True)).sum()) / 2
+    ties = (torch.searchsorted(pooled, pooled, right=True) - torch.searchsorted(pooled, pooled)).double()
+    variance = m * n / 12 * (m + n + 1 - float((ties**2 - 1).sum()) / ((m + n) * (m + n - 1)))
     return (wins - m * n / 2) / math.sqrt(variance) if variance > 0 else 0.0

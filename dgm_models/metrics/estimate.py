@@ -1,9 +1,10 @@
 """Estimate: a number, its 95% interval and the rows behind it; and the one way every metric gets its interval.
 
-The way is the jackknife: recompute the statistic without one row (or one group of rows) of each sample in turn. By the
-Efron-Stein inequality its variance is too large rather than too small on average, for every symmetric statistic, smooth
-or not; that is why nearest neighbours, kernels and eigenvalues can share it. It also removes a bias of order 1/n, which
-a percentile bootstrap would add a second time.
+The way is the jackknife: recompute the statistic without some of the rows. By the Efron-Stein inequality its variance
+is too large rather than too small on average, for every symmetric statistic; that is why likelihoods, eigenvalues,
+kernels and nearest neighbours can share it. Smooth statistics leave out one row (or a group of rows) in turn, which
+also removes a bias of order 1/n that a percentile bootstrap would add a second time; nearest neighbours leave out
+random halves.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 CONFIDENCE = 0.95
 MIN_ROWS = 20
+HALVES = 100
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Deleted:
-    """One sample's share in a jackknife.
+    """One sample's part in a delete-a-group jackknife.
 
     Attributes:
         values: [G] float64, the statistic with each of G groups of the sample's rows left out.
@@ -59,30 +61,57 @@ class Deleted:
 
 
 @dataclass(frozen=True)
-class Jackknifed:
-    """What a jackknife knows: the value without its bias of order 1/n, the variance, and the variance's freedom."""
+class Spread:
+    """A statistic, its variance, and the degrees of freedom with which the variance is known."""
 
-    corrected: float
+    value: float
     variance: float
     freedom: float
 
+    def interval(self, n: int) -> Estimate:
+        """value +- t se, the 95% t interval; n is the number of rows of the smallest sample."""
+        half = student_quantile(self.freedom) * math.sqrt(self.variance)
+        return Estimate(self.value, self.value - half, self.value + half, n)
 
-def deletion(whole: float, *samples: Deleted) -> Jackknifed:
+    def share(self, n: int, rows: int) -> Estimate:
+        """The 95% Wilson interval of a share, at as many rows as its variance says it is worth.
+
+        Near 0 and 1 the symmetric interval leaves [0, 1], or has no width when all of a few rows agree. Wilson's, at
+        value (1 - value) / variance rows, but at most `rows`, does neither.
+
+        Args:
+            n: rows of the smallest sample.
+            rows: the number of rows that the share counts.
+        Returns: a share with 0 <= low <= value <= high <= 1.
+
+        Source: Wilson 1927; Korn, Graubard 1998 for the rows it is worth.
+        """
+        binomial = self.value * (1 - self.value)
+        worth = min(float(rows), binomial / self.variance) if binomial > 0 and self.variance > 0 else float(rows)
+        square = student_quantile(self.freedom) ** 2 / worth
+        centre = (self.value + square / 2) / (1 + square)
+        half = math.sqrt(square * (binomial + square / 4)) / (1 + square)
+        low, high = max(0.0, centre - half), min(1.0, centre + half)
+        return Estimate(self.value, min(low, self.value), max(high, self.value), n)
+
+
+def jackknife(whole: float, *samples: Deleted, correct: bool = True) -> Spread:
     """The delete-a-group jackknife of a statistic of one or more independent samples.
 
-    With h = rows / rows of the group and pseudo-value p = h whole - (h - 1) left_out, a sample has the bias
-    whole - sum(p / h) and the variance mean((p - sum(p / h))^2 / (h - 1)); both add over samples.
+    With h = rows / rows of the group and pseudo-values p = h whole - (h - 1) left_out, a sample adds the bias
+    whole - sum(p / h) and the variance mean((p - sum(p / h))^2 / (h - 1)).
 
     Args:
         whole: the statistic of all rows.
         samples: for each sample, the statistic without each of its groups.
-    Returns: the corrected value, in the statistic's unit, its variance, and Welch-Satterthwaite degrees of freedom.
+        correct: subtract the bias of order 1/n. Not for unbiased statistics, nor where the value at n is what is meant.
+    Returns: in the statistic's unit; Welch-Satterthwaite degrees of freedom.
     Raises: ValueError when a sample has fewer than 2 groups.
 
-    Source: Busing, Meijer, van der Leeden 1999, "Delete-m jackknife for unequal m", eq. 5-7; Efron, Stein 1981 for the
-    sign of the variance's error. Differs: several samples, each deleted in its own turn.
+    Source: Busing, Meijer, van der Leeden 1999, "Delete-m jackknife for unequal m"; Efron, Stein 1981 for the sign of
+    the variance's error. Differs: several samples, each deleted in its own turn.
     """
-    bias, variance, spread = 0.0, 0.0, 0.0
+    bias, variance, doubt = 0.0, 0.0, 0.0
     for sample in samples:
         groups = len(sample.values)
         if groups < 2:
@@ -92,49 +121,33 @@ def deletion(whole: float, *samples: Deleted) -> Jackknifed:
         ratio = sizes.sum() / sizes
         pseudo = ratio * whole - (ratio - 1) * left_out
         mean = float((pseudo / ratio).sum())
-        share = float(((pseudo - mean) ** 2 / (ratio - 1)).mean())
+        part = float(((pseudo - mean) ** 2 / (ratio - 1)).mean())
         bias += whole - mean
-        variance += share
-        spread += share**2 / (groups - 1)
-    return Jackknifed(whole - bias, variance, variance**2 / spread if spread > 0 else math.inf)
+        variance += part
+        doubt += part**2 / (groups - 1)
+    return Spread(whole - bias if correct else whole, variance, variance**2 / doubt if doubt > 0 else math.inf)
 
 
-def jackknife(whole: float, *samples: Deleted, n: int, correct: bool = True) -> Estimate:
-    """Value and 95% t interval, value +- t se, from what `deletion` knows.
-
-    Args:
-        whole, samples: as `deletion`.
-        n: rows of the smallest sample.
-        correct: remove the bias of order 1/n. Not for unbiased statistics, nor where the convention is a value at n.
-    Returns: in the statistic's unit.
-    """
-    known = deletion(whole, *samples)
-    value = known.corrected if correct else whole
-    half = student_quantile(known.freedom) * math.sqrt(known.variance)
-    return Estimate(value, value - half, value + half, n)
+def half_samples(rows: int, seed: int) -> Tensor:
+    """[HALVES, rows] bool: which rows each of many random half samples keeps; the same for the same arguments."""
+    draws = torch.rand(HALVES, rows, generator=torch.Generator().manual_seed(seed))
+    return draws.argsort(1) < rows // 2
 
 
-def jackknife_share(whole: float, *samples: Deleted, n: int, rows: int) -> Estimate:
-    """A share in [0, 1] of `rows` rows and its 95% Wilson interval, at the rows that its jackknife variance is worth.
+def delete_half(whole: float, halves: Tensor) -> Spread:
+    """The delete-half jackknife, for statistics that are no smooth function of the rows, such as nearest neighbours.
 
-    A share of 1 - 1/rows or a variance of zero would give a symmetric interval that leaves [0, 1] or has no width. The
-    Wilson interval of an effective count of rows, whole (1 - whole) / variance and at most `rows`, does neither.
+    var = kept / deleted * Var(statistic of a half sample), here with kept = deleted. A local term that joins r rows is
+    counted 2 - 2^(1-r) times in place of the r times of delete-one: the interval is at most 1.4 times too wide.
 
     Args:
-        whole, samples: as `deletion`; whole in [0, 1].
-        n: rows of the smallest sample.
-        rows: the number of rows that the share counts.
-    Returns: a share; low and high in [0, 1].
+        whole: the statistic of all rows.
+        halves: [B] the statistic of B random halves (of every sample at once), drawn by `half_samples`.
+    Returns: in the statistic's unit; no bias is removed.
 
-    Source: Wilson 1927; Korn, Graubard 1998 for the effective count.
+    Source: Shao, Wu 1989, "A general theory for jackknife variance estimation". Differs: random halves.
     """
-    known = deletion(whole, *samples)
-    binomial = whole * (1 - whole)
-    worth = min(float(rows), binomial / known.variance) if binomial > 0 and known.variance > 0 else float(rows)
-    square = student_quantile(known.freedom) ** 2 / worth
-    centre = (whole + square / 2) / (1 + square)
-    half = math.sqrt(square * (binomial + square / 4)) / (1 + square)
-    return Estimate(whole, max(0.0, min(whole, centre - half)), min(1.0, max(whole, centre + half)), n)
+    return Spread(whole, float(halves.double().var()), len(halves) - 1.0)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -77,7 +77,7 @@ def frechet(real: Tensor, fake: Tensor, rows_per_dim: float = 10.0) -> Estimate:
     """
     rows = _rows("frechet", rows_per_dim, real=real, fake=fake)
     whole, without_real, without_fake = _distances(*rows)
-    return jackknife(whole, without_real, without_fake, n=min(map(len, rows)))
+    return jackknife(whole, without_real, without_fake).interval(min(map(len, rows)))
 
 
 def frechet_difference(real: Tensor, a: Tensor, b: Tensor, rows_per_dim: float = 10.0) -> Estimate:
@@ -103,8 +103,7 @@ def frechet_difference(real: Tensor, a: Tensor, b: Tensor, rows_per_dim: float =
         Deleted(real_a.values - real_b.values, real_a.sizes),
         Deleted(without_a.values - whole_b, without_a.sizes),
         Deleted(whole_a - without_b.values, without_b.sizes),
-        n=min(map(len, rows)),
-    )
+    ).interval(min(map(len, rows)))
 
 
 def _rows(caller: str, rows_per_dim: float, **samples: Tensor) -> list[Tensor]:
@@ -148,9 +147,10 @@ def _without(rows: Tensor, mean: Tensor, other_mean: Tensor, other_cov: Tensor, 
     centred = rows - mean
     scatter = centred.mT @ centred
     values, sizes = [], []
-    for chunk in torch.arange(groups, device=rows.device).split(max(1, 2**22 // d**2)):
+    step = max(1, 2**22 // d**2)
+    for start in range(0, groups, step):
         # group g is the rows g, g + groups, ...: sizes differ by one at most
-        members = [centred[int(g) :: groups] for g in chunk]
+        members = [centred[g::groups] for g in range(start, min(start + step, groups))]
         size = torch.tensor([len(each) for each in members], dtype=rows.dtype, device=rows.device)
         total = torch.stack([each.sum(0) for each in members])  # [g, d]
         if groups == n:
@@ -173,7 +173,8 @@ def _to_gaussian(mean: Tensor, cov: Tensor, factor: Tensor, means: Tensor, covs:
     noise = squares[:, -1:].clamp_min(0) * squares.shape[1] * torch.finfo(squares.dtype).eps
     cross = torch.where(squares > noise, squares, 0).sqrt().sum(1)
     traces = cov.trace() + covs.diagonal(dim1=1, dim2=2).sum(1)
-    return (means - mean).square().sum(1) + traces - 2 * cross
+    distances: Tensor = (means - mean).square().sum(1) + traces - 2 * cross
+    return distances
 
 
 def _factor(name: str, cov: Tensor) -> Tensor:
@@ -186,4 +187,5 @@ def _factor(name: str, cov: Tensor) -> Tensor:
         raise ValueError(
             f"frechet_distance: {name}: eigenvalue {float(values[0]):.3g} is negative; sum the moments in float64"
         )
-    return vectors * values.clamp_min(0).sqrt()
+    factor: Tensor = vectors * values.clamp_min(0).sqrt()
+    return factor

@@ -40,8 +40,9 @@ def inception_score(probabilities: Tensor, rows_per_class: float = 5.0) -> Estim
     total, negentropy = rows.sum(0), torch.special.entr(rows).sum(1).neg()
 
     def score(mixture: Tensor, certainty: Tensor) -> Tensor:
-        return (torch.special.entr(mixture).sum(-1) + certainty).exp()
+        entropy: Tensor = torch.special.entr(mixture).sum(-1)
+        return (entropy + certainty).exp()
 
     whole = score(total / n, negentropy.mean())
     left_out = score((total - rows).clamp_min(0) / (n - 1), (negentropy.sum() - negentropy) / (n - 1))
-    return jackknife(float(whole), Deleted(left_out), n=n)
+    return jackknife(float(whole), Deleted(left_out)).interval(n)

@@ -35,9 +35,7 @@ def kernel_distance(real: Tensor, fake: Tensor) -> Estimate:
     real_cross, fake_cross = _row_sums(real, fake), _row_sums(fake, real)
     within_real, within_fake, cross = real_rows.sum(), fake_rows.sum(), real_cross.sum()
 
-    def distance(
-        real_pairs: Tensor, fake_pairs: Tensor, mixed: Tensor, rows: int, fakes: int
-    ) -> Tensor:  # sums of pairs -> the statistic
+    def distance(real_pairs: Tensor, fake_pairs: Tensor, mixed: Tensor, rows: int, fakes: int) -> Tensor:
         means = real_pairs / (rows * (rows - 1)) + fake_pairs / (fakes * (fakes - 1))
         return means - 2 * mixed / (rows * fakes)
 
@@ -45,9 +43,8 @@ def kernel_distance(real: Tensor, fake: Tensor) -> Estimate:
         float(distance(within_real, within_fake, cross, n, m)),
         Deleted(distance(within_real - 2 * real_rows, within_fake, cross - real_cross, n - 1, m)),
         Deleted(distance(within_real, within_fake - 2 * fake_rows, cross - fake_cross, n, m - 1)),
-        n=min(n, m),
         correct=False,
-    )
+    ).interval(min(n, m))
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -59,7 +56,7 @@ def _row_sums(x: Tensor, y: Tensor) -> Tensor:
     """[n]: sum over the rows of y of k(x_i, y_j)."""
     sums = torch.zeros(len(x), dtype=x.dtype, device=x.device)
     for start in range(0, len(x), _BLOCK):
-        for block in y.split(_BLOCK):
-            gram = x[start : start + _BLOCK] @ block.mT / x.shape[1] + 1
+        for other in range(0, len(y), _BLOCK):
+            gram = x[start : start + _BLOCK] @ y[other : other + _BLOCK].mT / x.shape[1] + 1
             sums[start : start + _BLOCK] += (gram * gram * gram).sum(1)
     return sums

@@ -27,7 +27,7 @@ def mean_estimate(values: Tensor) -> Estimate:
     if len(values) < 2:
         raise ValueError(f"mean_estimate: values: {len(values)} example(s); an interval needs at least 2")
     total, n = values.sum(), len(values)
-    return jackknife(float(total / n), Deleted((total - values) / (n - 1)), n=n, correct=False)
+    return jackknife(float(total / n), Deleted((total - values) / (n - 1)), correct=False).interval(n)
 
 
 def bits_per_dim(nats: Tensor, dims: int) -> Tensor:

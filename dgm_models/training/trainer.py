@@ -104,6 +104,7 @@ class Trainer:
         self.best = Average(self.evaluated, 0.0) if train.keep == "best" else None
         self.step_number, self.position = 0, 0
         self.best_loss, self.since_best = float("inf"), 0
+        self.history: list[tuple[int, Metrics]] = []  # everything reported, kept in the checkpoint
         self._losses = [torch.compile(turn.loss) if train.compile else turn.loss for turn in self.turns]
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
@@ -291,6 +292,7 @@ class Trainer:
             "position": self.position,
             "best_loss": None if self.best_loss == float("inf") else self.best_loss,
             "since_best": self.since_best,
+            "history": self.history,
             "optimizers": {},
         }
         for player, optimizer in self.optimizers.items():
@@ -311,6 +313,7 @@ class Trainer:
         self.step_number, self.position = state["step"], state["position"]
         self.best_loss = float("inf") if state["best_loss"] is None else state["best_loss"]
         self.since_best = state["since_best"]
+        self.history = [(step, values) for step, values in state["history"]]
         metrics = checkpoint.read_tensors(folder, "metrics")
         device = self.runtime.device
         self._sums = {k.removeprefix("sum."): v.to(device) for k, v in metrics.items() if k.startswith("sum.")}
@@ -326,8 +329,10 @@ class Trainer:
             while not self.done:
                 self.step()
                 last = self.done
-                if report and (last or self.step_number % self.train.report_every == 0):
-                    report(self.step_number, self.metrics())
+                if last or self.step_number % self.train.report_every == 0:
+                    self.history.append((self.step_number, self.metrics()))
+                    if report:
+                        report(*self.history[-1])
                 if save and (last or self.step_number % self.train.checkpoint_every == 0):
                     save(self)
 

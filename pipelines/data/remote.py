@@ -74,15 +74,16 @@ def _open_http(location: str) -> Iterator[tuple[Stream, int | None]]:
 
 @contextmanager
 def _open_s3(location: str) -> Iterator[tuple[Stream, int | None]]:
-    import boto3  # here, not above: it costs 0.3 s and only s3:// needs it
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
+    # boto3 costs 0.3 s and only s3:// needs it
+    import boto3  # type: ignore[import-untyped, unused-ignore]
+    from botocore.config import Config  # type: ignore[import-untyped, unused-ignore]
+    from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped, unused-ignore]
 
     parts = urlsplit(location)
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
-        retries={"total_max_attempts": 3, "mode": "standard"},
+        retries={"total_max_attempts": 1},  # the caller tries again, for a body cut short too, which boto3 does not
     )
     try:
         answer = boto3.client("s3", config=config).get_object(Bucket=parts.netloc, Key=parts.path.lstrip("/"))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from typing import cast
 
+from dgm_models.construct import ConfigError, did_you_mean
 from pipelines.data.raw import Dataset
 
 TABLE = {
@@ -22,11 +22,9 @@ TABLE = {
 }
 
 
-def dataset_class(name: str) -> type[Dataset]:
-    """The class behind a name. Raises: ValueError with the nearest name, or all of them."""
+def dataset_class(name: str, path: str = "dataset") -> type[Dataset]:
+    """The class behind a name. Raises: ConfigError, a ValueError, with the nearest name or all of them."""
     if name not in TABLE:
-        near = difflib.get_close_matches(str(name), TABLE, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(TABLE)}"
-        raise ValueError(f"dataset {name!r}: unknown; {hint}")
+        raise ConfigError(f"{path}.name: {name!r} is not known{did_you_mean(name, TABLE)}")
     module, attribute = TABLE[name].split(":")
     return cast("type[Dataset]", getattr(import_module(module), attribute))

@@ -1,0 +1,366 @@
+"""The only reader of params.yaml: YAML -> strict types, or an error that names the path, the value and what is allowed.
+
+YAML is read as version 1.2, as DVC reads it: 1e-3 is a number, `no` is text, 010 is ten; a key given twice is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dgm_models.construct import (
+    ConfigError,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    checked,
+    construct,
+    did_you_mean,
+    plain,
+)
+
+if TYPE_CHECKING:
+    from dgm_models.method import Method
+    from dgm_models.protocols import DataSpec
+    from dgm_models.training.optim import Optims
+    from dgm_models.training.trainer import Train
+    from pipelines.data.prepare import Section as DatasetSection
+    from pipelines.promotion import Gate
+
+Section = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: what is modelled, how, and with which seed.
+
+    Attributes:
+        key: its name among the runs.
+        dataset: a key of `datasets`.
+        method: the method's name.
+        arguments: the method's own parameters, and its network.
+        train, optim: how it is trained.
+        seed: of initial weights, shuffling and noise.
+        section: the section as written, for the digest.
+    """
+
+    key: str
+    dataset: str
+    method: str
+    arguments: Section
+    train: Train
+    optim: Optims
+    seed: int
+    section: Section
+
+
+@dataclass(frozen=True)
+class Space:
+    """One dimension of a search; exactly one of the three forms is given.
+
+    Args:
+        log_uniform: [low, high] of a number searched by its logarithm.
+        uniform: [low, high] of a number.
+        choice: a list of values.
+    """
+
+    log_uniform: tuple[PositiveFloat, PositiveFloat] | None = None
+    uniform: tuple[float, float] | None = None
+    choice: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        given = [form for form in (self.log_uniform, self.uniform, self.choice) if form is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of log_uniform, uniform, choice")
+        interval = self.log_uniform or self.uniform
+        if interval and not interval[0] < interval[1]:
+            raise ValueError(f"{list(interval)} is not [low, high] with low < high")
+        if self.choice is not None and not self.choice:
+            raise ValueError("choice: an empty list")
+
+    def ends(self) -> list[Any]:
+        """The values to try for validity: both ends, or every choice."""
+        return list(self.log_uniform or self.uniform or self.choice or ())
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search over one run's parameters.
+
+    Args:
+        run: the run that is varied; its own values are the first trial.
+        space: dotted path in the run's section -> a dimension.
+        trials: how many parameter sets are tried.
+        rungs: how often a trial reports, and can be stopped, on its way.
+        grace: the share of the steps that every trial is given.
+        reduction: ASHA keeps one in this many at each rung.
+        finalists: how many of the best are retrained.
+        seeds: fresh seeds with which finalists, and the run as written, are retrained.
+        concurrent: trials at once.
+        seed: of the search.
+    """
+
+    run: str
+    space: dict[str, Space]
+    trials: Positive = 8
+    rungs: Positive = 4
+    grace: Fraction = 0.25
+    reduction: Positive = 3
+    finalists: Positive = 1
+    seeds: list[int] = field(default_factory=lambda: [101, 102, 103])
+    concurrent: Positive = 2
+    seed: NonNegative = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How trained models are measured.
+
+    Args:
+        max_samples: samples compared, at most; the smaller of this and the split's size is used by every row.
+        importance: draws of the importance-weighted bound.
+        seed: of sampling and of the bound's noise.
+    """
+
+    max_samples: Positive = 10000
+    importance: Positive = 32
+    seed: NonNegative = 0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where work runs; no stage depends on it: another machine retrains nothing.
+
+    Args:
+        address: of a Ray cluster, null for this machine (RAY_ADDRESS overrides).
+        storage: run store of checkpoints and artifacts: a folder or s3://bucket/prefix.
+        workers: workers of a training, or [min, max] of an elastic one.
+        cpus: CPUs of a worker.
+        gpu: a GPU for every worker.
+        max_failures: worker failures that a training survives; -1 for any number.
+        hours: wall-clock limit of one training.
+    """
+
+    address: str | None = None
+    storage: str = ".dgm/store"
+    workers: Positive | tuple[Positive, Positive] = 1
+    cpus: PositiveFloat = 1.0
+    gpu: bool = False
+    max_failures: int = 3
+    hours: PositiveFloat = 24.0
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Args: uri: MLflow's tracking URI, null for SQLite in this folder (MLFLOW_TRACKING_URI overrides)."""
+
+    uri: str | None = None
+
+
+@dataclass(frozen=True)
+class Params:
+    """The whole of params.yaml, checked."""
+
+    datasets: dict[str, DatasetSection]
+    extractors: dict[str, Run]
+    runs: dict[str, Run]
+    searches: dict[str, Search]
+    tuned: dict[str, str]
+    evaluation: Evaluation
+    promotion: Gate
+    cluster: Cluster
+    tracking: Tracking
+
+    def run(self, key: str) -> Run:
+        """A run of `runs`. Raises ConfigError with the nearest name."""
+        if key not in self.runs:
+            raise ConfigError(f"runs.{key}: no such run{did_you_mean(key, [*self.runs, *self.tuned])}")
+        return self.runs[key]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every run, tuned ones last."""
+        return (*self.runs, *self.tuned)
+
+    def dataset_of(self, key: str) -> str:
+        """The dataset of a run, tuned or not."""
+        return self.run(self.searches[self.tuned[key]].run if key in self.tuned else key).dataset
+
+
+def read_yaml(path: Path) -> Section:
+    """One YAML 1.2 file as plain values. Raises ConfigError naming the file and the line."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        found = YAML(typ="safe", pure=True).load(path.read_text())
+    except (YAMLError, OSError) as error:
+        raise ConfigError(f"{path.name}: {' '.join(str(error).split())}") from error
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{path.name}: expected sections of keys at the top, found {found!r}")
+    return dict(found)
+
+
+def load(files: Iterable[Path] | None = None) -> Params:
+    """Reads and checks params.yaml, and the zoo's runs beside it."""
+    from pipelines import paths
+
+    merged: Section = {}
+    for path in paths.params_files() if files is None else files:
+        for top, section in read_yaml(path).items():
+            into = merged.setdefault(top, {})
+            for key, value in dict(section or {}).items():
+                if key in into:
+                    raise ConfigError(f"{path.parent.name}/{path.name}: {top}.{key} is given in two files")
+                into[key] = value
+    return parse(merged)
+
+
+def parse(sections: Section) -> Params:
+    """Checked types out of the sections of params.yaml."""
+    from pipelines.data.prepare import Section as DatasetSection
+    from pipelines.promotion import Gate
+
+    known = ("datasets", "extractors", "runs", "searches", "tuned", "evaluation", "promotion", "cluster", "tracking")
+    for top in sections:
+        if top not in known:
+            raise ConfigError(f"{top}: unknown section{did_you_mean(top, known)}")
+
+    def part(top: str) -> Section:
+        return dict(sections.get(top) or {})
+
+    datasets = {key: DatasetSection.of(section, f"datasets.{key}") for key, section in part("datasets").items()}
+    extractors = {}
+    for key, section in part("extractors").items():
+        method = {"name": "extractor/classifier", **dict(section.get("method", {}))}
+        whole = {**section, "dataset": key, "method": method}
+        extractors[key] = parse_run(f"extractor-{key}", whole, f"extractors.{key}", datasets)
+    runs = {key: parse_run(key, section, f"runs.{key}", datasets) for key, section in part("runs").items()}
+    searches = {}
+    for key, section in part("searches").items():
+        searches[key] = _search(construct(Search, section, f"searches.{key}"), f"searches.{key}", runs, datasets)
+    tuned = {}
+    for key, section in part("tuned").items():
+        found = construct(_Tuned, section, f"tuned.{key}")
+        if found.search not in searches:
+            raise ConfigError(f"tuned.{key}.search: no search {found.search!r}{did_you_mean(found.search, searches)}")
+        if key in runs:
+            raise ConfigError(f"tuned.{key}: runs.{key} has the same name; a leaderboard row needs one of its own")
+        tuned[key] = found.search
+    return Params(
+        datasets, extractors, runs, searches, tuned,
+        construct(Evaluation, part("evaluation"), "evaluation"), construct(Gate, part("promotion"), "promotion"),
+        construct(Cluster, part("cluster"), "cluster"), construct(Tracking, part("tracking"), "tracking"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    search: str
+
+
+@dataclass(frozen=True)
+class _RunSection:
+    dataset: str
+    method: dict[str, Any]
+    network: dict[str, Any] | None = None
+    optim: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    seed: NonNegative = 0
+
+
+def parse_run(key: str, section: Any, path: str, datasets: Iterable[str]) -> Run:
+    """One run's section, checked down to the method's own parameters; nothing is built."""
+    from dgm_models import registry
+    from dgm_models.method import read_optims
+    from dgm_models.training.trainer import Train
+
+    form = construct(_RunSection, section, path)
+    if form.dataset not in set(datasets):
+        raise ConfigError(f"{path}.dataset: no dataset {form.dataset!r}{did_you_mean(form.dataset, datasets)}")
+    if "name" not in form.method:
+        raise ConfigError(f"{path}.method.name: missing{did_you_mean('', registry.METHODS)}")
+    try:
+        function = registry.builder(form.method["name"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}.{error}") from error
+    arguments = {name: value for name, value in form.method.items() if name != "name"}
+    checked(function, arguments, f"{path}.method", {"data"})
+    if form.network is not None:
+        if "network" in arguments:
+            raise ConfigError(f"{path}.method.network: the network has a section of its own: {path}.network")
+        arguments["network"] = form.network
+        try:
+            checked(function, {"network": form.network}, path, {"data"})
+        except ConfigError as error:
+            raise ConfigError(str(error)) from error
+    train = construct(Train, form.train, f"{path}.train")
+    optim = read_optims(form.optim, f"{path}.optim")
+    return Run(key, form.dataset, form.method["name"], arguments, train, optim, form.seed, copy.deepcopy(dict(section)))
+
+
+def override(section: Section, values: Mapping[str, Any], path: str) -> Section:
+    """A copy of a run's section with dotted paths replaced. Raises ConfigError for a path through a value."""
+    changed = copy.deepcopy(section)
+    for dotted, value in values.items():
+        *parents, last = dotted.split(".")
+        here = changed
+        for name in parents:
+            here = here.setdefault(name, {})
+            if not isinstance(here, dict):
+                raise ConfigError(f"{path}.{dotted}: {name!r} is a value, not a section")
+        here[last] = value
+    return changed
+
+
+def _search(search: Search, path: str, runs: Mapping[str, Run], datasets: Iterable[str]) -> Search:
+    if search.run not in runs:
+        raise ConfigError(f"{path}.run: no run {search.run!r}{did_you_mean(search.run, runs)}")
+    if not search.space:
+        raise ConfigError(f"{path}.space: empty; name at least one parameter of runs.{search.run}")
+    base = runs[search.run]
+    for dotted, space in search.space.items():
+        for value in space.ends():  # both ends must be parameters that the run could have been written with
+            changed = override(base.section, {dotted: value}, f"{path}.space")
+            parse_run(base.key, changed, f"{path}.space.{dotted} -> runs.{search.run}", datasets)
+    return search
+
+
+def with_values(run: Run, values: Mapping[str, Any], key: str, datasets: Iterable[str], seed: int | None = None) -> Run:
+    """The run with a search's values, under another name, and another seed where one is given."""
+    section = override(run.section, values, f"runs.{run.key}")
+    changed = parse_run(key, section, f"runs.{key}", datasets)
+    return changed if seed is None else replace(changed, seed=seed)
+
+
+def identity(run: Run) -> Section:
+    """Everything of a run's params that changes its result, defaults filled, as JSON."""
+    return {
+        "method": run.method,
+        "arguments": plain(run.arguments),
+        "train": {name: value for name, value in plain(run.train).items() if name != "report_every"},
+        "optim": plain(run.optim),
+        "seed": run.seed,
+    }
+
+
+def canonical_digest(value: Any) -> str:
+    """sha256 of the canonical JSON of a value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def build_method(run: Run, data: DataSpec) -> Method:
+    """The untrained method of a run."""
+    from dgm_models.method import build
+
+    return build(run.method, data, seed=run.seed, path=f"runs.{run.key}.method", **run.arguments)
+
+

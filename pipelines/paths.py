@@ -1,0 +1,81 @@
+"""The only place that spells a path of the project. Everything is relative to the project's root."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def root() -> Path:
+    """The nearest folder upwards that holds params.yaml, or DGM_ROOT.
+
+    Raises: ValueError outside a project.
+    """
+    if os.environ.get("DGM_ROOT"):
+        return Path(os.environ["DGM_ROOT"]).resolve()
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "params.yaml").is_file():
+            return folder
+    raise ValueError(f"{here}: no params.yaml here or above; change to the project's folder or set DGM_ROOT")
+
+
+def data(dataset: str) -> Path:
+    return root() / "data" / dataset
+
+
+def extractor(dataset: str) -> Path:
+    return root() / "extractors" / dataset
+
+
+def artifact(run: str) -> Path:
+    return root() / "artifacts" / run
+
+
+def samples(run: str) -> Path:
+    return root() / "samples" / run
+
+
+def evaluation(run: str) -> Path:
+    return root() / "evaluations" / run
+
+
+def receipt(run: str) -> Path:
+    return root() / "receipts" / f"{run}.json"
+
+
+def search(key: str) -> Path:
+    return root() / "searches" / key
+
+
+def promotion(dataset: str) -> Path:
+    return root() / "promotions" / f"{dataset}.json"
+
+
+def report() -> Path:
+    return root() / "report"
+
+
+def scratch() -> Path:
+    """What is no output: spools, logs, local run stores."""
+    return root() / ".dgm"
+
+
+def params_files() -> tuple[Path, ...]:
+    """params.yaml, and the zoo's where there is one."""
+    files = (root() / "params.yaml", root() / "zoo" / "params.yaml")
+    return tuple(file for file in files if file.is_file())
+
+
+def code_of(method_file: str) -> tuple[str, ...]:
+    """What a run's code is, for its digest; dvc.yaml names the same: a test compares them."""
+    return (
+        method_file,
+        "dgm_models/nn",
+        "dgm_models/ops",
+        "dgm_models/training",
+        "dgm_models/codecs.py",
+        "dgm_models/noise.py",
+        "dgm_models/objective.py",
+        "dgm_models/protocols.py",
+    )

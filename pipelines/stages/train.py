@@ -1,0 +1,136 @@
+"""train: a prepared dataset and a run's params -> `artifacts/<run>/`."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines import paths
+from pipelines.cluster.store import RunStore
+from pipelines.cluster.worker import Job
+from pipelines.params import Params, Run, canonical_digest, identity, with_values
+from pipelines.progress import bar
+
+log = logging.getLogger("dgm.train")
+
+
+def code_digest(method: str) -> str:
+    """sha256 over the files that decide what a method's training does."""
+    from dgm_models import registry
+
+    total = hashlib.sha256()
+    for name in paths.code_of(registry.row(method).file):
+        path = paths.root() / name
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        for file in files:
+            total.update(file.relative_to(paths.root()).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return total.hexdigest()
+
+
+def run_digest(run: Run, data_digest: str) -> str:
+    """The identity of a training: params, data, code, seed and the torch that computes."""
+    import torch
+
+    parts = {"run": identity(run), "data": data_digest, "code": code_digest(run.method), "torch": torch.__version__}
+    return canonical_digest(parts)[:32]
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and whether tracked files differ from it; a project without git says null."""
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(["git", *words], cwd=paths.root(), capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
+
+
+def job_of(run: Run, params: Params) -> Job:
+    """The training of a run, with its identity and lineage; the dataset must be prepared."""
+    import torch
+
+    from pipelines.data import shards
+
+    folder = paths.data(run.dataset)
+    manifest = shards.read_manifest(folder)
+    digest = run_digest(run, manifest.digest)
+    lineage = {
+        "run": run.key,
+        "run_digest": digest,
+        "dataset": run.dataset,
+        "data_digest": manifest.digest,
+        "seed": run.seed,
+        "train": dict(identity(run)["train"]),
+        "torch": torch.__version__,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **git_state(),
+    }
+    storage = params.cluster.storage
+    if "://" not in storage:
+        storage = str((paths.root() / storage).absolute())
+    return Job(run, str(folder.absolute()), storage, digest, lineage)
+
+
+def tuned_run(key: str, params: Params) -> Run:
+    """A tuned run: the run that its search varied, with the search's best parameters."""
+    import json
+
+    search = params.tuned[key]
+    file = paths.search(search) / "best.json"
+    if not file.is_file():
+        raise ValueError(f"tuned.{key}: {file.relative_to(paths.root())} is missing; run `dgm tune {search}` first")
+    best = json.loads(file.read_text())
+    return with_values(params.run(params.searches[search].run), best["parameters"], key, params.datasets)
+
+
+def resolve(key: str, params: Params) -> Run:
+    """The run called `key`, among `runs` or `tuned`."""
+    return tuned_run(key, params) if key in params.tuned else params.run(key)
+
+
+def train(run: Run, out: Path, params: Params) -> Mapping[str, Any]:
+    """Trains a run through Ray Train, or takes the finished artifact of the same digest from the store.
+
+    Returns: the artifact's lineage.
+    """
+    from dgm_models.training import checkpoint
+    from pipelines.cluster import session
+
+    job = job_of(run, params)
+    store = RunStore(job.storage, job.digest)
+    if store.has_artifact():
+        log.warning("runs.%s: digest %s is in the store already: nothing to train", run.key, job.digest[:12])
+    else:
+        curves, progress = curves_of(job, params), paths.scratch() / "progress" / f"{job.digest}.json"
+        with session.session(params.cluster), bar(f"train {run.key}", run.train.steps, progress):
+            from pipelines.cluster.callback import Watch
+
+            session.fit(job, params.cluster, [Watch(curves, progress)])
+        curves.finish("FINISHED")
+    with store.fetched("artifact") as folder:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
+        shutil.copytree(folder, temporary)
+        checkpoint.replace(temporary, out)
+    found: Mapping[str, Any] = checkpoint.read_document(out, "spec")["lineage"]
+    return found
+
+
+def curves_of(job: Job, params: Params) -> Any:
+    """The MLflow run of a training's curves; constructing it touches nothing."""
+    from pipelines.tracking import Curves
+
+    tags = {name: str(job.lineage[name]) for name in ("git_commit", "git_dirty", "data_digest", "seed")}
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri
+    return Curves(
+        job.run.key, job.digest, job.run.dataset, identity(job.run), tags, paths.scratch() / "spool", uri=uri
+    )
