@@ -250,6 +250,9 @@ def parse(sections: Section) -> Params:
     tuned = {}
     for key, section in part("tuned").items():
         found = construct(_Tuned, section, f"tuned.{key}")
+        dataset = runs[searches[found.search].run].dataset if found.search in searches else found.dataset
+        if found.dataset != dataset:
+            raise ConfigError(f"tuned.{key}.dataset: {found.dataset!r}; searches.{found.search} is on {dataset!r}")
         if found.search not in searches:
             raise ConfigError(f"tuned.{key}.search: no search {found.search!r}{did_you_mean(found.search, searches)}")
         if key in runs:
@@ -265,6 +268,7 @@ def parse(sections: Section) -> Params:
 @dataclass(frozen=True)
 class _Tuned:
     search: str
+    dataset: str  # what dvc.yaml needs to name the stage's dependencies
 
 
 @dataclass(frozen=True)

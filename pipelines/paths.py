@@ -48,6 +48,10 @@ def search(key: str) -> Path:
     return root() / "searches" / key
 
 
+def comparison(key: str) -> Path:
+    return root() / "comparisons" / f"{key}.json"
+
+
 def promotion(dataset: str) -> Path:
     return root() / "promotions" / f"{dataset}.json"
 

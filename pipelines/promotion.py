@@ -59,7 +59,7 @@ Difference = Callable[[Any, Any, Any], Interval]
 
 @dataclass(frozen=True)
 class Gate:
-    """What a challenger must show.
+    """What a challenger must show. In a metric's name `{model}` stands for the registered model, which is the dataset.
 
     Attributes:
         metric: the row that decides; lower is better. The lower end of champion minus challenger must be above 0.
@@ -69,19 +69,25 @@ class Gate:
         split: of the rows.
     """
 
-    metric: str
-    coverage: str | None = None
+    metric: str = "fid/{model}"
+    coverage: str | None = "recall/{model}"
     ceiling_fraction: float = 0.5
     ceiling: str = ""
     split: str = "test"
 
     def __post_init__(self) -> None:
         if not 0 < self.ceiling_fraction <= 1:
-            raise ValueError(f"promotion.ceiling_fraction: {self.ceiling_fraction!r} is not in (0, 1]")
+            raise ValueError(f"ceiling_fraction: {self.ceiling_fraction!r} is not in (0, 1]")
 
     @property
     def ceiling_metric(self) -> str:
         return self.ceiling or f"{self.metric}/ceiling"
+
+    def of(self, model: str) -> Gate:
+        """The gate of one registered model."""
+        coverage = self.coverage and self.coverage.replace("{model}", model)
+        metric, ceiling = (name.replace("{model}", model) for name in (self.metric, self.ceiling))
+        return dataclasses.replace(self, metric=metric, coverage=coverage, ceiling=ceiling)
 
 
 @dataclass(frozen=True)
@@ -163,12 +169,12 @@ def decide(champion: Evaluation | None, challenger: Evaluation, gate: Gate, diff
     if apart:
         return Verdict(False, rival, challenger.name, (Criterion("comparable", False, apart, {}),))
     if champion is None:
-        criteria = (_below_ceiling(challenger, gate),)
+        criteria = [_below_ceiling(challenger, gate)]
     else:
-        criteria = (_better(champion, challenger, gate, difference),)
+        criteria = [_better(champion, challenger, gate, difference)]
         if gate.coverage:
-            criteria += (_not_worse(champion, challenger, gate.coverage, gate.split),)
-    return Verdict(all(each.passed for each in criteria), rival, challenger.name, criteria)
+            criteria.append(_not_worse(champion, challenger, gate.coverage, gate.split))
+    return Verdict(all(each.passed for each in criteria), rival, challenger.name, tuple(criteria))
 
 
 def _apart(champion: Evaluation | None, challenger: Evaluation, gate: Gate) -> str:
@@ -211,7 +217,7 @@ def _pair(champion: Evaluation, ours: Any, challenger: Evaluation, theirs: Any) 
 def _below_ceiling(challenger: Evaluation, gate: Gate) -> Criterion:
     row, top = challenger.row(gate.metric, gate.split), challenger.row(gate.ceiling_metric, gate.split)
     assert row is not None
-    name, high = f"{gate.metric} below {gate.ceiling_fraction:g} of the ceiling", row.get("high")
+    name, high = f"{gate.metric} below {gate.ceiling_fraction:g} of the ceiling", row.get("high", math.nan)
     if top is None or top.get("n") != row.get("n"):
         why = "no row" if top is None else f"n = {top.get('n')}, not {row.get('n')}, in the row"
         return Criterion(name, False, f"{challenger.name} has {why} {gate.ceiling_metric}", {})
@@ -479,7 +485,7 @@ def promote(
 
     Args:
         model_name: the registered model.
-        gate: the rules.
+        gate: the rules; a `{model}` in its names is filled in.
         receipt: where to write the history, for `sync`.
         candidates: receipts of the versions that may win; all versions by default.
         difference: see `decide`; `dgm_models.metrics.frechet.frechet_difference` by default.
@@ -513,7 +519,7 @@ def promote(
     pool = [each for each in pool if each.tags[RUN_DIGEST] not in barred]
 
     with tempfile.TemporaryDirectory(prefix="dgm-promote-") as work:
-        judge = _Judge(mlflow, gate, difference or _frechet_difference, of_run, Path(work))
+        judge = _Judge(mlflow, gate.of(model_name), difference or _frechet_difference, of_run, Path(work))
         verdict, winner = judge.best(pool)
     verdict = dataclasses.replace(verdict, others=tuple(others) + verdict.others)
     if winner is None or (stack and _place(winner).run_digest == stack[-1].run_digest):
@@ -535,9 +541,7 @@ def promote(
     return verdict
 
 
-def rollback(
-    model_name: str, *, by: str | None = None, receipt: Path | None = None, uri: str | None = None
-) -> Entry:
+def rollback(model_name: str, *, by: str | None = None, receipt: Path | None = None, uri: str | None = None) -> Entry:
     """Goes back to the champion before; a second time to the one before that.
 
     Returns:
@@ -590,6 +594,10 @@ def _keep(mlflow: MlflowClient, ledger: str, verdict: Verdict) -> None:
     mlflow.log_text(ledger, verdict.to_json(), f"verdicts/{verdict.digest[:16]}.json")
 
 
+def _line(verdict: Verdict) -> str:
+    return f"{verdict.challenger}: {'; '.join(verdict.reasons)}"
+
+
 class _Judge:
     """Downloads what the gate must see, no more than once and features only of those that it really compares."""
 
@@ -610,15 +618,16 @@ class _Judge:
         if not self.champions:
             self._must_compare(ranked)
         self.first = ranked[0]
-        verdicts = []
+        refused: list[Verdict] = []
         for version in ranked:
+            if refused and self._is_behind(version):
+                others.append(f"{_title(version)}: its {self.gate.metric} is no lower than the champion's")
+                continue
             verdict = self._judge(version)
             if verdict.passed:
-                rest = [f"{each.challenger}: {'; '.join(each.reasons)}" for each in verdicts]
-                return dataclasses.replace(verdict, others=(*others, *rest)), version
-            verdicts.append(verdict)
-        rest = [f"{each.challenger}: {'; '.join(each.reasons)}" for each in verdicts[1:]]
-        return dataclasses.replace(verdicts[0], others=(*others, *rest)), None
+                return dataclasses.replace(verdict, others=(*others, *map(_line, refused))), version
+            refused.append(verdict)
+        return dataclasses.replace(refused[0], others=(*others, *map(_line, refused[1:]))), None
 
     def _ranked(self, pool: list[ModelVersion]) -> tuple[list[ModelVersion], list[str]]:
         keys: dict[tuple[float, str, str], ModelVersion] = {}
@@ -647,21 +656,31 @@ class _Judge:
     def _champion_for(self, challenger: Evaluation) -> Evaluation | None:
         found = [self._rows(version) for version in self.champions]
         fitting = [each for each in found if not _apart(each, challenger, self.gate)]
-        return (fitting or found or [None])[0]
+        both = fitting or found
+        return both[0] if both else None
+
+    def _is_behind(self, version: ModelVersion) -> bool:
+        challenger = self._rows(version)
+        rival = self._champion_for(challenger)
+        ours = rival and rival.row(self.gate.metric, self.gate.split)
+        theirs = challenger.row(self.gate.metric, self.gate.split)
+        return bool(ours and theirs and theirs["value"] >= ours["value"])
 
     def _judge(self, version: ModelVersion) -> Verdict:
         challenger = self._rows(version)
         rival = self._champion_for(challenger)
-        if rival is None:
-            return decide(None, challenger, self.gate, self.difference)
-        ours, theirs = rival.row(self.gate.metric, self.gate.split), challenger.row(self.gate.metric, self.gate.split)
-        assert ours is not None and theirs is not None
-        champion = next(each for each in self.champions if _title(each) == rival.name)
         try:
-            return decide(self._whole(champion), self._whole(version), self.gate, self.difference)
-        except ValueError as error:  # damaged features, or too few rows for the difference
-            reason = Criterion("comparable", False, f"{challenger.name} cannot be compared: {error}", {})
-            return Verdict(False, rival.name, challenger.name, (reason,))
+            if rival is None:
+                verdict = decide(None, challenger, self.gate, self.difference)
+            else:
+                champion = next(each for each in self.champions if _title(each) == rival.name)
+                verdict = decide(self._whole(champion), self._whole(version), self.gate, self.difference)
+            if verdict.passed:  # a champion that nobody can load would be none
+                registration.fetch_part(self.mlflow, version, "artifact", self.work / f"artifact-{version.version}")
+        except ValueError as error:  # damaged files, or too few rows for the difference
+            reason = Criterion("comparable", False, f"{challenger.name} cannot be judged: {error}", {})
+            return Verdict(False, rival.name if rival else None, challenger.name, (reason,))
+        return verdict
 
     def _rows(self, version: ModelVersion) -> Evaluation:
         """Rows and digests from the version's own verified files; its tags must say the same."""

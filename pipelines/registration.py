@@ -41,6 +41,7 @@ _LINEAGE = ("run", "run_digest", "data_digest", "git_commit", "git_dirty", "data
 _SAMPLER = '''"""Runs where dgm_models is importable: load_model(...).predict(None, params={"n": 16, "seed": 0})."""
 
 import mlflow
+import numpy as np
 from mlflow.pyfunc import PythonModel
 
 
@@ -50,7 +51,7 @@ class Sampler(PythonModel):
 
         self.method = dgm_models.load(context.artifacts["artifact"])
 
-    def predict(self, context, model_input, params=None):
+    def predict(self, context, model_input: np.ndarray, params=None):  # there is no input: pass None
         from dgm_models.sampling import sample
 
         params = params or {}
@@ -229,8 +230,8 @@ def sync(
     """Makes a server agree with the receipts: a lost database, another server, a fresh clone.
 
     Missing versions are made again in the order of their numbers, damaged ones are uploaded again. A promotion
-    receipt's history is appended to the server's ledger if it continues it, and the aliases follow the ledger; a
-    ledger that tells another story is left alone, since its promotions passed a gate that this receipt knows nothing of.
+    receipt's history is appended to the server's ledger if it continues it, and the aliases follow the ledger. A ledger
+    that tells another story is left alone: its promotions passed a gate that this receipt knows nothing of.
 
     Args:
         receipts: files written by `register`, `promote` and `rollback`, in any order.
@@ -255,9 +256,7 @@ def sync(
             done.append(f"{title}: not done: {error}")
             continue
         other = sorted(
-            name
-            for name in {*package.files, *each["files"]}
-            if package.files.get(name) != each["files"].get(name)
+            name for name in {*package.files, *each["files"]} if package.files.get(name) != each["files"].get(name)
         )
         if other:
             done.append(f"{title}: not done: {', '.join(other)} differ(s) from the receipt")
@@ -265,11 +264,14 @@ def sync(
         version, what = _put(mlflow, package, experiment or each["model"])
         if what:
             done.append(f"{title}: version {version.version} {what}")
-    for each in documents:
-        if each["kind"] == "promotion":
-            done += promotion.follow(mlflow, each)
+    promoted = [each for each in documents if each["kind"] == "promotion"]
+    for each in sorted(promoted, key=lambda each: len(each["history"])):
+        done += promotion.follow(mlflow, each)
     for model in sorted({each["model"] for each in documents}):
-        done += promotion.settle(mlflow, model)
+        try:
+            done += promotion.settle(mlflow, model)
+        except ValueError as error:
+            done.append(f"{model}: aliases not done: {error}")
     return done
 
 
@@ -303,12 +305,11 @@ def _put(mlflow: MlflowClient, package: Package, experiment: str) -> tuple[Model
         mlflow.log_artifacts(run_id, str(folder), artifact_path=path)
     tags = {**package.tags(), CONTENTS: contents}
     source = f"{mlflow.get_run(run_id).info.artifact_uri}/{path}"
-    # A version of ours without its tags: whoever made it was stopped before it could set them.
-    found = found or next((v for v in _all_versions(mlflow, package.model) if v.source == source), None)
+    found = found or _untagged(mlflow, package.model, source)
     if found:
         for name, value in tags.items():
             mlflow.set_model_version_tag(package.model, str(found.version), name, value)
-        return _again(mlflow, package.model, found), "mended"
+        return mlflow.get_model_version(package.model, str(found.version)), "mended"
     text = f"{package.spec['method']} on {lineage['dataset']}, run {lineage['run']}"
     made = mlflow.create_model_version(package.model, source, run_id, tags=tags, description=text)
     first = find(mlflow, package.model, package.run_digest, package.evaluation_sha256)
@@ -329,6 +330,8 @@ def ledger_run(mlflow: MlflowClient, model: str, create: bool = False) -> str:
     """
     from mlflow.exceptions import MlflowException
 
+    if not re.fullmatch(r"[\w.-]+", model):
+        raise ValueError(f"model: {model!r} is no name of letters, digits, '_', '-' and '.'")
     for _ in range(2):
         try:
             tags = mlflow.get_registered_model(model).tags
@@ -355,13 +358,14 @@ def ledger_run(mlflow: MlflowClient, model: str, create: bool = False) -> str:
 
 def versions(mlflow: MlflowClient, model: str) -> list[ModelVersion]:
     """The versions that `register` made, in the order of their numbers."""
-    return [each for each in _all_versions(mlflow, model) if CONTENTS in each.tags and RUN_DIGEST in each.tags]
+    needed = {RUN_DIGEST, EVALUATION, CONTENTS, "dgm.run"}
+    return [each for each in _all_versions(mlflow, model) if needed <= set(each.tags)]
 
 
 def find(mlflow: MlflowClient, model: str, run_digest: str, evaluation_sha256: str) -> ModelVersion | None:
     """The version of a run and an evaluation; of several the one with the lowest number."""
     for each in versions(mlflow, model):
-        if each.tags[RUN_DIGEST] == run_digest and each.tags.get(EVALUATION) == evaluation_sha256:
+        if (each.tags[RUN_DIGEST], each.tags[EVALUATION]) == (run_digest, evaluation_sha256):
             return each
     return None
 
@@ -376,8 +380,10 @@ def _all_versions(mlflow: MlflowClient, model: str) -> list[ModelVersion]:
             return sorted(found, key=lambda each: int(each.version))
 
 
-def _again(mlflow: MlflowClient, model: str, version: ModelVersion) -> ModelVersion:
-    return mlflow.get_model_version(model, str(version.version))
+def _untagged(mlflow: MlflowClient, model: str, source: str) -> ModelVersion | None:
+    """A version with our files but without its tags: whoever made it was stopped before it could set them."""
+    ours = [each for each in _all_versions(mlflow, model) if each.source == source and CONTENTS not in each.tags]
+    return ours[0] if ours else None
 
 
 def _is_whole(mlflow: MlflowClient, version: ModelVersion) -> bool:
@@ -485,7 +491,7 @@ def card(package: Package) -> str:
     if curves:
         last = ", ".join(f"{name} {value:.4g}" for name, value in curves[-1]["metrics"].items())
         lines += [f"- last logged step: {curves[-1]['step']} ({last})"]
-    lines += ["", "## Results", "", "| metric | value | interval | n | unit | kind | split |", "|---|---|---|---|---|---|---|"]
+    lines += ["", "## Results", "", "| metric | value | interval | n | unit | kind | split |", "|" + "---|" * 7]
     for row in package.rows:
         ends = [row.get("low"), row.get("high")]
         interval = "" if None in ends else f"[{ends[0]:.4g}, {ends[1]:.4g}]"
@@ -554,7 +560,7 @@ def resolve(mlflow: MlflowClient, uri: str) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
     match = re.fullmatch(r"models:/([^/@:]+)(?:@([\w-]+)|/(\d+))", uri)
-    if not match:
+    if not match or match[2] == "latest":  # MLflow answers to @latest, which is no alias but the highest number
         raise ValueError(f"{uri!r}: expected models:/<name>@<alias> or models:/<name>/<number>")
     name, alias, number = match.groups()
     try:

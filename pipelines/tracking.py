@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from pipelines import paths
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
@@ -50,25 +52,17 @@ _opening = threading.Lock()
 # ---------------------------------------------------------------- where the tracker is
 
 
-def repository_root() -> Path:
-    """The folder that holds the tracker's files: DVC_ROOT, or the nearest parent that looks like a project's root."""
-    if os.environ.get("DVC_ROOT"):
-        return Path(os.environ["DVC_ROOT"]).resolve()
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if any((folder / mark).exists() for mark in (".git", ".dvc", "pyproject.toml")):
-            return folder
-    return here
-
-
 def tracking_uri(root: Path | None = None) -> str:
     """MLFLOW_TRACKING_URI, or sqlite beside the project.
 
     Args:
         root: the project's folder; found from the working directory by default.
+
+    Raises:
+        ValueError: outside a project, when the variable is not set.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    return given or f"sqlite:///{(root or repository_root()).resolve() / DATABASE}"
+    return given or f"sqlite:///{(root or paths.root()).resolve() / DATABASE}"
 
 
 def artifact_root(uri: str) -> str | None:
@@ -83,7 +77,7 @@ def artifact_root(uri: str) -> str | None:
     if given:
         return given
     database = _sqlite_file(uri)
-    return ((database.parent if database else repository_root()) / ARTIFACTS).as_uri()
+    return ((database.parent if database else paths.root()) / ARTIFACTS).as_uri()
 
 
 def client(uri: str | None = None) -> MlflowClient:
@@ -139,9 +133,7 @@ def experiment_id(mlflow: MlflowClient, name: str) -> str:
     return str(found.experiment_id)
 
 
-def digest_run(
-    mlflow: MlflowClient, experiment: str, run_digest: str, run_name: str, tags: Mapping[str, str]
-) -> Run:
+def digest_run(mlflow: MlflowClient, experiment: str, run_digest: str, run_name: str, tags: Mapping[str, str]) -> Run:
     """The one run of a training digest: found by its tag, or created.
 
     Args:
@@ -337,7 +329,7 @@ class Curves:
                 if self._file is None:
                     self._folder.mkdir(parents=True, exist_ok=True)
                     name = f"{self._header.run_digest}-{uuid.uuid4().hex[:8]}.jsonl"
-                    self._file = open(self._folder / name, "a", encoding="utf-8")
+                    self._file = open(self._folder / name, "a", encoding="utf-8")  # noqa: SIM115 (held until close)
                     fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ours while this process lives
                 rows = [row] if self._file.tell() else [asdict(self._header), *self._pending]
                 self._file.write("".join(json.dumps(each, default=str) + "\n" for each in rows))
@@ -396,11 +388,11 @@ def replay(spool: Path, uri: str | None = None) -> list[str]:
     Raises:
         mlflow.exceptions.MlflowException: the tracker is down; the files stay.
     """
-    paths = _spooled(Path(spool), "")
-    if not paths:
+    files = _spooled(Path(spool), "")
+    if not files:
         return []
     mlflow = client(uri)
-    return [line for line in (_replay_file(mlflow, path) for path in paths) if line]
+    return [line for line in (_replay_file(mlflow, file) for file in files) if line]
 
 
 def _spooled(folder: Path, run_digest: str) -> list[Path]:
@@ -412,7 +404,7 @@ def _spooled(folder: Path, run_digest: str) -> list[Path]:
 
 def _replay_file(mlflow: MlflowClient, path: Path) -> str | None:
     try:
-        file = open(path, encoding="utf-8")
+        file = open(path, encoding="utf-8")  # noqa: SIM115 (closed just below)
     except FileNotFoundError:
         return None
     with file:

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgm_models.codecs import Dequantized
+from dgm_models.codecs import discrete
 from dgm_models.construct import Positive
 from dgm_models.nn.networks import Conv, Network
 from dgm_models.objective import Loss, Objective, Turn
+from dgm_models.ops.likelihoods import centred
 from dgm_models.protocols import Batch, DataSpec, Model
 
 
@@ -19,15 +20,20 @@ class Classifier(Model):
     """network: data -> `feature_dim` features -> class logits."""
 
     def __init__(self, data: DataSpec, network: Network, feature_dim: int) -> None:
-        super().__init__(data, Dequantized(data))
-        self.trunk = nn.Sequential(network.down(data.shape, feature_dim), nn.Tanh())
+        super().__init__(data, discrete(data))
+        self.trunk = nn.Sequential(network.down(data.shape, feature_dim), nn.SiLU())
         self.head = nn.Linear(feature_dim, data.classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and class logits."""
+        found: Tensor = self.trunk(centred(x, self.data))
+        return found, self.head(found)
 
     @torch.no_grad()
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """([B, feature_dim], [B, classes]) of model-space x."""
-        found: Tensor = self.trunk(x)
-        return found, self.head(found).softmax(1)
+        found, logits = self(x)
+        return found, logits.softmax(1)
 
 
 class CrossEntropy(Objective):
@@ -38,7 +44,7 @@ class CrossEntropy(Objective):
 
     def loss(self, model: Classifier, batch: Batch) -> Loss:
         assert batch.cond is not None
-        logits = model.head(model.trunk(batch.x))
+        _, logits = model(batch.x)
         right = (logits.argmax(1) == batch.cond).sum()
         return Loss(F.cross_entropy(logits, batch.cond, reduction="sum"), {"accuracy": right})
 

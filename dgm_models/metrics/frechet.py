@@ -72,7 +72,7 @@ def frechet(real: Tensor, fake: Tensor, rows_per_dim: float = 10.0) -> Estimate:
     Returns: in squared units of the features; lower is better.
     Raises: ValueError when rows are fewer than rows_per_dim d, not finite, all equal, or of unequal width.
 
-    Source: Heusel et al. 2017, arXiv:1706.08500; the bias: Binkowski et al. 2018, appendix D, arXiv:1801.01401, and
+    Source: Heusel et al. 2017, arXiv:1706.08500; the bias: Binkowski et al. 2018, arXiv:1801.01401, and
     Chong, Forsyth 2020, arXiv:1911.07023. Differs: jackknife in place of a fit over 1/n.
     """
     rows = _rows("frechet", rows_per_dim, real=real, fake=fake)

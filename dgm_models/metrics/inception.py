@@ -18,7 +18,7 @@ def inception_score(probabilities: Tensor, rows_per_class: float = 5.0) -> Estim
     Args:
         probabilities: [n, classes], rows that sum to one (softmax, not logits).
         rows_per_class: fewest rows for each class.
-    Returns: between 1 and the number of classes (up to the correction); higher is better.
+    Returns: between 1 and the number of classes; higher is better.
     Raises: ValueError when rows are no distributions, fewer than rows_per_class classes, not finite, or all equal.
 
     Source: Salimans et al. 2016, section 4, arXiv:1606.03498. Differs: one score of all rows in place of the mean over
@@ -45,4 +45,6 @@ def inception_score(probabilities: Tensor, rows_per_class: float = 5.0) -> Estim
 
     whole = score(total / n, negentropy.mean())
     left_out = score((total - rows).clamp_min(0) / (n - 1), (negentropy.sum() - negentropy) / (n - 1))
-    return jackknife(float(whole), Deleted(left_out)).interval(n)
+    found = jackknife(float(whole), Deleted(left_out)).interval(n)
+    value, low, high = (min(max(1.0, each), float(classes)) for each in (found.value, found.low, found.high))
+    return Estimate(value, low, high, n)

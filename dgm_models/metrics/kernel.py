@@ -22,7 +22,7 @@ def kernel_distance(real: Tensor, fake: Tensor) -> Estimate:
     Returns: KID, not multiplied by 1000; lower is better.
     Raises: ValueError when rows are too few, not finite, all equal, or of unequal width.
 
-    Source: Binkowski et al. 2018, section 4, arXiv:1801.01401; Gretton et al. 2012, eq. 3. Differs: one U-statistic
+    Source: Binkowski et al. 2018, arXiv:1801.01401; Gretton et al. 2012, eq. 3. Differs: one U-statistic
     over all pairs in place of the mean over subsets of 1000, which has more variance and no interval.
     """
     real = checked("kernel_distance: real", real)

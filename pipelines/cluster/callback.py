@@ -5,14 +5,13 @@ One process, so a single writer by construction. Nothing in here may stop a trai
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from ray.train import UserCallback
 
+from pipelines import files
 from pipelines.tracking import Curves
 
 log = logging.getLogger("dgm.callback")
@@ -33,10 +32,7 @@ class Watch(UserCallback):  # type: ignore[misc]
         try:
             values = dict(metrics[0])
             step = int(values.pop("step"))
-            self.progress.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.progress.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"step": step, "metrics": values}))
-            os.replace(temporary, self.progress)
+            files.write_json(self.progress, {"step": step, "metrics": values})
             self.curves.log(step, values)
         except Exception:  # a tracker or a full disk is no reason to stop a training
             log.exception("a report could not be passed on")

@@ -41,7 +41,7 @@ def session(cluster: Cluster) -> Iterator[Any]:
     if not address:
         os.environ["PYTHONPATH"] = environment["PYTHONPATH"]
         options |= {"include_dashboard": False, "object_store_memory": 256 * 2**20, "num_cpus": os.cpu_count()}
-    ray.init(address=address or "local", log_to_driver=True, logging_level=logging.WARNING, **options)
+    ray.init(address=address or "local", log_to_driver=bool(os.environ.get("DGM_VERBOSE")), logging_level=logging.ERROR, **options)
     try:
         yield ray
     finally:

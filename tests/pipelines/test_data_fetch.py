@@ -8,8 +8,9 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
-import boto3
+import boto3  # type: ignore[import-untyped, unused-ignore]
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -111,9 +112,8 @@ def cached(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize("prefix", ["", "file://", "file://localhost"])
 def test_fetch_reads_a_folder_without_a_copy(tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DGM_DATA_MIRROR", prefix + str(put(tmp_path / "with%20space", "a.gz", PACKED)).replace(
-        "%20", "%2520" if prefix else "%20"
-    ))  # fmt: skip
+    folder = str(put(tmp_path / "with space", "a.gz", PACKED))
+    monkeypatch.setenv("DGM_DATA_MIRROR", prefix + quote(folder) if prefix else folder)
     got = fetch(a_file())
     assert got.content == CONTENT
     assert got.sha256 == hashlib.sha256(PACKED).hexdigest()

@@ -63,7 +63,7 @@ class ImageFolder:
         """[C, H, W] uint8."""
         image = _open(file).convert("L" if self.channels == 1 else "RGB")
         if self.size is not None:
-            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
+            image = _central_square(image).resize((self.size, self.size), Image.Resampling.BICUBIC)
         x = np.asarray(image)
         x = x[None] if self.channels == 1 else x.transpose(2, 0, 1)  # [C, H, W]
         if expected is not None and x.shape != expected:
@@ -72,6 +72,12 @@ class ImageFolder:
                 f"{expected[2]} x {expected[1]}; give size to crop and resize all of them"
             )
         return x
+
+
+def _central_square(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def _below(file: Path, folder: Path) -> str:

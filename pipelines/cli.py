@@ -1,0 +1,281 @@
+"""One verb a function; nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pipelines.params import Params
+
+app = typer.Typer(
+    name="dgm",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help=(
+        "Every family of deep generative model on one road: prepare, train, evaluate, register, promote.\n\n"
+        "`dvc repro` runs the verbs under 'Stages' in order, each only when what it depends on has changed. "
+        "The verbs under 'Use' look at what is there. All of them read params.yaml."
+    ),
+)
+
+STAGES, USE = "Stages", "Use"
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+
+
+def _params() -> Params:
+    """Every verb's first act: params.yaml is right, or nothing starts."""
+    from pipelines.params import load
+
+    return load()
+
+
+def _say(document: Any, as_json: bool, words: str) -> None:
+    typer.echo(json.dumps(document, indent=1, sort_keys=True) if as_json else words)
+
+
+def _key(kind: str, key: str, known: Any) -> None:
+    from dgm_models.construct import ConfigError, did_you_mean
+
+    if key not in known:
+        raise ConfigError(f"{kind}.{key}: not in params.yaml{did_you_mean(key, known)}")
+
+
+# ---- use
+
+
+@app.command(rich_help_panel=USE)
+def check(as_json: Json = False) -> None:
+    """Check params.yaml: unknown keys, wrong types and impossible values are named with their path."""
+    params = _params()
+    counts = {name: len(getattr(params, name)) for name in ("datasets", "extractors", "runs", "searches", "tuned")}
+    _say({"ok": True, **counts}, as_json, "params.yaml: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
+
+
+@app.command(rich_help_panel=USE)
+def models(as_json: Json = False) -> None:
+    """List the methods: name, family, capabilities, data, paper."""
+    from dgm_models.registry import ROWS
+
+    rows = [
+        {"name": row.name, "family": row.family, "capabilities": list(row.capabilities), "data": list(row.data),
+         "paper": row.paper}
+        for row in ROWS
+    ]  # fmt: skip
+    lines = [f"{row['name']:<24} {', '.join(row['capabilities']):<26} {row['paper']}" for row in rows]
+    _say(rows, as_json, "\n".join(lines))
+
+
+@app.command(rich_help_panel=USE)
+def leaderboard(
+    dataset: Annotated[str | None, typer.Option(help="Only this dataset.")] = None, as_json: Json = False
+) -> None:
+    """Show every evaluated run with its metrics and intervals, best FID first."""
+    from pipelines import leaderboard as board
+
+    rows = board.rows(dataset)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1, sort_keys=True))
+    else:
+        from rich.console import Console
+
+        Console().print(board.table(rows))
+
+
+@app.command(rich_help_panel=USE)
+def sample(
+    target: Annotated[str, typer.Argument(help="A run, an artifact's folder, or models:/digits@champion.")],
+    n: Annotated[int, typer.Option(min=1, help="How many samples.")] = 64,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="A .png grid or a .npy array.")] = None,
+    stage: Annotated[bool, typer.Option(help="As the pipeline does: n and seed of the evaluation, parquet.")] = False,
+) -> None:
+    """Draw samples from a trained model."""
+    import tempfile
+
+    from pipelines import files, paths, pictures
+    from pipelines.stages import sample as stage_module
+
+    if stage:
+        params = _params()
+        _key("runs", target, params.keys)
+        stage_module.sample_stage(target, paths.samples(target), params)
+        return
+    if out is None or out.suffix not in (".png", ".npy"):
+        raise ValueError(f"--out: {out} is neither a .png nor a .npy file")
+    import io
+
+    import numpy as np
+
+    import dgm_models
+
+    with tempfile.TemporaryDirectory(prefix="dgm-") as folder:
+        method = dgm_models.load(stage_module.locate(target, Path(folder)))
+    x = dgm_models.sample(method, n, seed)
+    if out.suffix == ".png":
+        content = pictures.grid(x, method.data)
+    else:
+        stream = io.BytesIO()
+        np.save(stream, x.numpy())
+        content = stream.getvalue()
+    files.write_bytes(out, content)
+    typer.echo(f"{out}: {n} samples of {method.name}, seed {seed}")
+
+
+@app.command(rich_help_panel=USE)
+def rollback(model: Annotated[str, typer.Argument(help="The registered model.")], as_json: Json = False) -> None:
+    """Give the alias `champion` back to the version that had it before."""
+    from dataclasses import asdict
+
+    from pipelines import paths, promotion
+
+    entry = promotion.rollback(model, receipt=paths.promotion(model), uri=_uri(_params()))
+    _say(asdict(entry), as_json, f"{model}: champion is version {entry.to.version} ({entry.to.run}) again")
+
+
+@app.command(rich_help_panel=USE)
+def sync(as_json: Json = False) -> None:
+    """Make the MLflow server agree with the receipts: a lost database, another server, a fresh clone."""
+    from pipelines import paths, registration
+
+    folder = paths.root()
+    receipts = [*sorted((folder / "receipts").glob("*.json")), *sorted((folder / "promotions").glob("*.json"))]
+    receipts = [path for path in receipts if not path.name.endswith(".verdict.json")]
+    done = registration.sync(receipts, folder / "artifacts", folder / "evaluations", uri=_uri(_params()))
+    _say(done, as_json, "\n".join(done) or f"{len(receipts)} receipts: the server agrees")
+
+
+def _uri(params: Params) -> str:
+    import os
+
+    from pipelines import paths, tracking
+
+    return os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri or tracking.tracking_uri(paths.root())
+
+
+# ---- stages
+
+
+@app.command(rich_help_panel=STAGES)
+def prepare(dataset: Annotated[str, typer.Argument(help="A key of `datasets`.")]) -> None:
+    """Raw bytes -> data/<dataset>/: parquet shards and a manifest."""
+    from pipelines import paths
+    from pipelines.data.prepare import prepare as run
+
+    params = _params()
+    _key("datasets", dataset, params.datasets)
+    manifest = run(params.datasets[dataset], paths.data(dataset))
+    typer.echo(f"{dataset}: {dict(manifest.rows)} rows of {manifest.kind} {list(manifest.shape)}")
+
+
+@app.command(rich_help_panel=STAGES)
+def extractor(dataset: Annotated[str, typer.Argument(help="A key of `extractors`.")]) -> None:
+    """Train the classifier whose features compare samples, and measure the floor and the ceiling."""
+    from pipelines import paths
+    from pipelines.stages.evaluate import extractor_stage
+
+    params = _params()
+    _key("extractors", dataset, params.extractors)
+    found = extractor_stage(dataset, paths.extractor(dataset), params)
+    typer.echo(f"{dataset}: accuracy {found['accuracy']['value']:.3f}, {found['feature_dim']} features")
+
+
+@app.command(rich_help_panel=STAGES)
+def tune(search: Annotated[str, typer.Argument(help="A key of `searches`.")]) -> None:
+    """Search a run's parameters with Ray Tune; select on the valid split."""
+    from pipelines import paths
+    from pipelines.stages.tune import tune_stage
+
+    params = _params()
+    _key("searches", search, params.searches)
+    best = tune_stage(search, paths.search(search), params)
+    typer.echo(f"{search}: {best['chosen']}: {best['parameters'] or 'the run as it is'}")
+
+
+@app.command(rich_help_panel=STAGES)
+def compare(search: Annotated[str, typer.Argument(help="A key of `searches`.")]) -> None:
+    """Hold a search's choice against the run as written, over fresh seeds, on the test split."""
+    from pipelines import paths
+    from pipelines.stages.tune import compare_stage
+
+    params = _params()
+    _key("searches", search, params.searches)
+    found = compare_stage(search, paths.comparison(search), params)
+    for row in found["rows"]:
+        typer.echo(f"{row['side']:<11} seed {row['seed']}: {row['metric']} {row['value']:.3f}")
+
+
+@app.command(rich_help_panel=STAGES)
+def train(run: Annotated[str, typer.Argument(help="A key of `runs` or `tuned`.")]) -> None:
+    """Train a run with Ray Train; the same command resumes a killed one."""
+    from pipelines import paths
+    from pipelines.stages import train as stage
+
+    params = _params()
+    _key("runs", run, params.keys)
+    lineage = stage.train(stage.resolve(run, params), paths.artifact(run), params)
+    typer.echo(f"{run}: {lineage['steps']} steps, digest {lineage['run_digest'][:12]}")
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate(run: Annotated[str, typer.Argument(help="A key of `runs` or `tuned`.")]) -> None:
+    """Measure a run against the test split: sample metrics and likelihoods with intervals."""
+    from pipelines import paths
+    from pipelines.stages.evaluate import evaluate_stage
+
+    params = _params()
+    _key("runs", run, params.keys)
+    for row in evaluate_stage(run, paths.evaluation(run), params):
+        typer.echo(f"{row['metric']:<24} {row['value']:10.4f}  [{row['low']:.4f}, {row['high']:.4f}]  {row['kind']}")
+
+
+@app.command(rich_help_panel=STAGES)
+def register(run: Annotated[str, typer.Argument(help="A key of `runs` or `tuned`.")]) -> None:
+    """Make a version of the dataset's registered model; twice makes one."""
+    from pipelines import paths, registration
+
+    params = _params()
+    _key("runs", run, params.keys)
+    receipt = registration.register(
+        paths.artifact(run), paths.evaluation(run), params.dataset_of(run), paths.receipt(run), uri=_uri(params)
+    )
+    typer.echo(f"{run}: version {receipt['version']} of {receipt['model']}")
+
+
+@app.command(rich_help_panel=STAGES)
+def promote(
+    model: Annotated[str | None, typer.Argument(help="The registered model; all datasets' by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Move the alias `champion` to the best version, if the gate in params.yaml holds; say why."""
+    from dataclasses import asdict
+
+    from pipelines import files, paths, promotion
+
+    params = _params()
+    verdicts = {}
+    for name in [model] if model else sorted({params.dataset_of(key) for key in params.runs}):
+        _key("datasets", name, params.datasets)
+        verdict = promotion.promote(name, params.promotion, receipt=paths.promotion(name), uri=_uri(params))
+        files.write_bytes(paths.promotion(name).with_suffix(".verdict.json"), verdict.to_json().encode())
+        verdicts[name] = asdict(verdict)
+        if not as_json:
+            typer.echo(f"{name}: {'promoted' if verdict.passed else 'not promoted'}: {verdict.challenger}")
+            for reason in [*verdict.reasons, *verdict.others]:
+                typer.echo(f"  {reason}")
+    if as_json:
+        typer.echo(json.dumps(verdicts, indent=1, sort_keys=True))
+
+
+@app.command(rich_help_panel=STAGES)
+def report() -> None:
+    """Write report/index.html: the leaderboard with intervals, samples, curves, searches, and why the champion serves."""
+    from pipelines import paths
+    from pipelines.stages.report import report as run
+
+    _params()
+    typer.echo(f"report: {run(paths.report())}")

@@ -1,0 +1,246 @@
+"""The search driver: Ray Tune proposes and stops, trials train through the same trainer in their own processes.
+
+A trial's checkpoints lie in the run store under the digest of its own params, so a restored search goes on where its
+trials stood, and a parameter set that was trained before is not trained again.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+from ray.tune import Callback
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search.optuna import OptunaSearch
+
+from pipelines import files, paths
+from pipelines.cluster.store import RunStore
+from pipelines.cluster.worker import Job, publish_artifact, trainer_of
+from pipelines.params import Cluster, Run, Search, with_values
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every trial knows, as plain values.
+
+    Attributes:
+        search: the settings.
+        base: the run that is varied.
+        datasets: names, for checking.
+        root: the project's folder on the workers.
+        data: folder of the prepared dataset.
+        storage: the run store.
+        data_digest: of the dataset.
+        seed: of evaluation.
+        max_samples: of evaluation.
+    """
+
+    search: Search
+    base: Run
+    datasets: tuple[str, ...]
+    root: str
+    data: str
+    storage: str
+    data_digest: str
+    seed: int
+    max_samples: int
+
+    def run(self, values: Mapping[str, Any], seed: int | None = None) -> Run:
+        return with_values(self.base, values, self.base.key, self.datasets, seed)
+
+    def job(self, run: Run) -> Job:
+        from pipelines.stages.train import run_digest
+
+        digest = run_digest(run, self.data_digest)
+        lineage = {"run": run.key, "run_digest": digest, "dataset": run.dataset, "data_digest": self.data_digest,
+                   "seed": run.seed}  # fmt: skip
+        return Job(run, self.data, self.storage, digest, lineage)
+
+    def rung_steps(self) -> list[int]:
+        """The steps at which a trial reports: evenly from the grace period to the end."""
+        steps, grace = self.base.train.steps, max(1, round(self.search.grace * self.base.train.steps))
+        count = max(self.search.rungs - 1, 1)
+        return sorted({round(grace + (steps - grace) * i / count) for i in range(self.search.rungs)} | {steps})
+
+
+def valid_fid(plan: Plan, method: Any) -> float:
+    """The evaluation's Frechet estimator against the valid split; infinite when the samples collapse."""
+    import dgm_models
+    from dgm_models.metrics.frechet import frechet
+    from pipelines.data import shards
+    from pipelines.stages.evaluate import extractor_of
+
+    valid = shards.load(Path(plan.data), "valid").x
+    n = min(len(valid), plan.max_samples)
+    extractor = extractor_of(plan.base.dataset, method.data.dims)
+    if extractor is None:
+        raise ValueError(f"searches: {plan.base.dataset} has no extractor to compare samples by")
+    fake = dgm_models.sample(method, n, plan.seed)
+    try:
+        return frechet(extractor(valid[:n])[0], extractor(fake)[0]).value
+    except ValueError:  # constant or otherwise unusable samples: the worst there is
+        return float("inf")
+
+
+def train_here(plan: Plan, run: Run, rung: Callable[[int, float], None] | None = None) -> tuple[float, str]:
+    """Trains a run in this process, from its newest checkpoint; calls `rung(step, fid)` at every rung.
+
+    Returns: the FID against valid of the final weights, and the run's digest.
+    """
+    import dgm_models
+    from dgm_models.training.runtime import Runtime
+
+    os.environ["DGM_ROOT"] = plan.root
+    torch.set_num_threads(1)
+    job = plan.job(run)
+    store = RunStore(job.storage, job.digest)
+    rungs = set(plan.rung_steps())
+    if not store.has_artifact():
+        method, trainer = trainer_of(job, Runtime(precision=run.train.precision))
+        with store.newest() as folder:
+            if folder:
+                trainer.load(folder)
+        trainer.train = replace(trainer.train, report_every=_divisor(rungs, run), checkpoint_every=run.train.steps)
+
+        def report(step: int, metrics: Mapping[str, float]) -> None:
+            if rung and step in rungs and step < run.train.steps:
+                store.save(step, trainer.save)  # before the report: a stopped trial never returns from it
+                weights = trainer.final()
+                rung(step, valid_fid(plan, replace_model(method, weights)))
+
+        trainer.run(report)
+        publish_artifact(job, method, trainer, store)
+    with store.fetched("artifact") as folder:
+        method = dgm_models.load(folder)
+    value = valid_fid(plan, method)
+    if rung:
+        rung(run.train.steps, value)
+    return value, job.digest
+
+
+def replace_model(method: Any, weights: Any) -> Any:
+    """The method with other weights, in evaluation mode, the training's own untouched."""
+    model = copy.deepcopy(weights).eval()
+    return replace(method, model=model)
+
+
+def _divisor(rungs: set[int], run: Run) -> int:
+    """The largest interval that meets every rung."""
+    return math.gcd(*rungs, run.train.steps)
+
+
+def trial(plan: Plan, values: dict[str, Any]) -> None:
+    """One trial, in its own process."""
+    train_here(plan, plan.run(values), lambda step, fid: tune.report({"fid": fid, "step": step}))
+
+
+def finalist(plan: Plan, values: dict[str, Any], seed: int) -> tuple[float, str]:
+    return train_here(plan, plan.run(values, seed))
+
+
+def as_written(plan: Plan) -> dict[str, Any] | None:
+    """The run's own values in the search's space, or None when one is not written down."""
+    values = {}
+    for dotted in plan.search.space:
+        value = _lookup(plan.base.section, dotted.split("."))
+        if value is None and dotted.startswith("optim."):
+            value = _lookup(plan.base.section, ["optim", dotted.split(".")[-1]])
+        if value is None:
+            return None
+        values[dotted] = value
+    return values
+
+
+def _lookup(section: Any, names: list[str]) -> Any:
+    for name in names:
+        section = section.get(name) if isinstance(section, Mapping) else None
+    return section
+
+
+def search(ray: Any, plan: Plan, digest: str, cluster: Cluster, progress: Path) -> list[dict[str, Any]]:
+    """Runs, or restores, the search under its digest.
+
+    Returns: one row a trial: {trial, values, fid, step, seconds, state}.
+    """
+    steps, settings = plan.base.train.steps, plan.search
+    rungs = plan.rung_steps()
+    storage = cluster.storage if "://" in cluster.storage else str((paths.root() / cluster.storage).absolute())
+    name = f"search-{digest}"
+    trainable = tune.with_resources(partial(trial, plan), {"cpu": cluster.cpus, "gpu": int(cluster.gpu)})
+    if tune.Tuner.can_restore(f"{storage}/{name}"):
+        tuner = tune.Tuner.restore(
+            f"{storage}/{name}", trainable=trainable, resume_errored=True, resume_unfinished=True
+        )
+    else:
+        own = as_written(plan)
+        algorithm = OptunaSearch(
+            metric="fid", mode="min", seed=settings.seed, points_to_evaluate=[own] if own else None
+        )
+        tuner = tune.Tuner(
+            trainable,
+            param_space={dotted: _domain(space) for dotted, space in settings.space.items()},
+            tune_config=tune.TuneConfig(
+                metric="fid", mode="min", num_samples=settings.trials, reuse_actors=True,
+                search_alg=ConcurrencyLimiter(algorithm, settings.concurrent),
+                scheduler=ASHAScheduler(
+                    time_attr="step", max_t=steps, grace_period=rungs[0], reduction_factor=max(settings.reduction, 2)
+                ),
+            ),
+            run_config=tune.RunConfig(
+                name=name, storage_path=storage, verbose=0, callbacks=[TrialProgress(progress)]
+            ),
+        )  # fmt: skip
+    results = tuner.fit()
+    rows = []
+    for number, result in enumerate(results):
+        metrics = result.metrics or {}
+        rows.append(
+            {"trial": number, "values": dict(result.config or {}), "fid": metrics.get("fid"),
+             "step": metrics.get("step"), "seconds": metrics.get("time_total_s"),
+             "state": "failed" if result.error else "finished" if metrics.get("step") == steps else "stopped",
+             "error": str(result.error).strip().splitlines()[-1] if result.error else None}
+        )  # fmt: skip
+    return rows
+
+
+class TrialProgress(Callback):  # type: ignore[misc]
+    """Writes the number of finished trials, and the best value so far, for the progress bar."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.done, self.best = file, 0, float("inf")
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+        self.best = min(self.best, result["fid"])
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.done += 1
+        files.write_json(self.file, {"step": self.done, "metrics": {"best_fid": self.best}})
+
+
+def _domain(space: Any) -> Any:
+    if space.log_uniform:
+        return tune.loguniform(*space.log_uniform)
+    return tune.uniform(*space.uniform) if space.uniform else tune.choice(list(space.choice))
+
+
+def finals(ray: Any, plan: Plan, candidates: Mapping[str, dict[str, Any]]) -> dict[str, dict[int, tuple[float, str]]]:
+    """Retrains every candidate with every fresh seed: candidate -> seed -> (fid on valid, digest)."""
+    task = ray.remote(num_cpus=1)(finalist)
+    waiting = {
+        (name, seed): task.remote(plan, values, seed)
+        for name, values in candidates.items()
+        for seed in plan.search.seeds
+    }
+    found: dict[str, dict[int, tuple[float, str]]] = {}
+    for (name, seed), reference in waiting.items():
+        found.setdefault(name, {})[seed] = ray.get(reference)
+    return found

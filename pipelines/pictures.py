@@ -1,0 +1,62 @@
+"""Samples as a picture."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+from torch import Tensor
+
+from dgm_models.protocols import DataSpec
+
+SIDE = 320  # pixels, at least, of a grid
+
+
+def grid(x: Tensor, data: DataSpec) -> bytes:
+    """A PNG of stored samples [N, *event]: images in a square grid, two-dimensional vectors as points.
+
+    Raises: ValueError for data that has no picture.
+    """
+    if data.kind == "image":
+        return _images(x, data)
+    if data.kind == "vector" and data.dims == 2:
+        return _points(x)
+    if data.levels is not None and math.isqrt(data.dims) ** 2 == data.dims:
+        side = math.isqrt(data.dims)
+        return _images(x.reshape(len(x), 1, side, side), data)
+    raise ValueError(f"samples of kind {data.kind} and shape {data.shape} have no picture")
+
+
+def _images(x: Tensor, data: DataSpec) -> bytes:
+    from PIL import Image
+
+    top = (data.levels or 256) - 1
+    pixels = (x.double().numpy() * (255.0 / top)).round().clip(0, 255).astype(np.uint8)
+    channels, height, width = pixels.shape[1:]
+    side = math.ceil(math.sqrt(len(pixels)))
+    canvas = np.full((side * (height + 1) + 1, side * (width + 1) + 1, 3), 128, np.uint8)
+    for i, picture in enumerate(pixels):
+        row, column = divmod(i, side)
+        where = np.s_[row * (height + 1) + 1 : (row + 1) * (height + 1), column * (width + 1) + 1 : (column + 1) * (width + 1)]
+        canvas[where] = picture.transpose(1, 2, 0) if channels == 3 else picture[:1].transpose(1, 2, 0)
+    image = Image.fromarray(canvas)
+    zoom = max(1, math.ceil(SIDE / canvas.shape[1]))
+    image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _points(x: Tensor) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2, 3.2), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.1, 0.08, 0.87, 0.89))
+    axes.scatter(x[:, 0], x[:, 1], s=3, alpha=0.5)
+    axes.set_aspect("equal")
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()

@@ -1,0 +1,272 @@
+"""evaluate: samples, a model and held-out data -> `evaluations/<run>/`. Dispatches on capability; knows no family."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from dgm_models import noise
+from dgm_models.metrics import coverage, frechet, inception, kernel, likelihood
+from dgm_models.metrics.estimate import Estimate
+from dgm_models.protocols import Bound, Density, Features
+from pipelines import files, paths
+from pipelines.params import Evaluation, Params
+
+if TYPE_CHECKING:
+    from dgm_models.method import Method
+
+RAW_DIMS = 64  # up to here data without an extractor are compared in their own coordinates
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """The coordinates in which samples are compared.
+
+    Attributes:
+        name: stands in every metric's key.
+        sha256: of its weights, or of the rule for raw coordinates.
+        method: the classifier, or None for raw coordinates.
+    """
+
+    name: str
+    sha256: str
+    method: Method | None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Stored x [N, *event] -> features [N, d] float64 and class probabilities [N, classes] or None."""
+        if self.method is None:
+            return x.flatten(1).double(), None
+        model = self.method.model
+        assert isinstance(model, Features)
+        encoded = (model.codec.encode(part, torch.zeros(len(part), dtype=torch.int64))[0] for part in x.split(CHUNK))
+        found = [model.features(part) for part in encoded]
+        return torch.cat([f for f, _ in found]).double(), torch.cat([p for _, p in found]).double()
+
+
+def compared(dataset: str, settings: Evaluation, split: str = "test") -> int:
+    """How many samples every row of a dataset compares."""
+    from pipelines.data import shards
+
+    return min(shards.read_manifest(paths.data(dataset)).rows[split], settings.max_samples)
+
+
+def extractor_of(dataset: str, dims: int) -> Extractor | None:
+    """The dataset's trained classifier; raw coordinates for small vectors; None when there is neither."""
+    import dgm_models
+    from dgm_models.training import checkpoint
+
+    folder = paths.extractor(dataset)
+    if folder.is_dir():
+        digest = checkpoint.file_sha256(folder / "weights.safetensors")
+        return Extractor(dataset, digest, dgm_models.load(folder))
+    return Extractor("raw", "raw-coordinates", None) if dims <= RAW_DIMS else None
+
+
+@dataclass
+class Rows:
+    """The rows of one evaluation.json, and what was refused."""
+
+    extractor_sha256: str | None
+    split: str
+    seed: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[dict[str, str]] = field(default_factory=list)
+
+    def add(
+        self, metric: str, estimate: Estimate, unit: str, kind: Literal["exact", "bound", "estimate"], features: bool
+    ) -> None:
+        self.rows.append(
+            {"metric": metric, **asdict(estimate), "unit": unit, "kind": kind, "split": self.split,
+             "extractor_sha256": self.extractor_sha256 if features else None, "seed": self.seed}
+        )  # fmt: skip
+
+    def attempt(self, metric: str, measure: Callable[[], None]) -> None:
+        """A metric that cannot be computed honestly is refused with its reason, not printed."""
+        try:
+            measure()
+        except ValueError as error:
+            self.refused.append({"metric": metric, "reason": str(error)})
+
+
+def compare(rows: Rows, extractor: Extractor, real: Tensor, fake: Tensor, train: Tensor) -> dict[str, Tensor]:
+    """Sample metrics of stored fakes against stored reals, into `rows`. Returns both sets of features."""
+    name = extractor.name
+    real_features, _ = extractor(real)
+    fake_features, probabilities = extractor(fake)
+
+    def fid() -> None:
+        rows.add(f"fid/{name}", frechet.frechet(real_features, fake_features), "distance^2", "estimate", True)
+
+    def kid() -> None:
+        rows.add(f"kid/{name}", kernel.kernel_distance(real_features, fake_features), "mmd^2", "estimate", True)
+
+    def score() -> None:
+        if probabilities is None:
+            raise ValueError("raw coordinates have no class probabilities")
+        rows.add(f"inception_score/{name}", inception.inception_score(probabilities), "classes", "estimate", True)
+
+    def precision() -> None:
+        found = coverage.precision_recall(real_features, fake_features)
+        rows.add(f"precision/{name}", found.precision, "share", "estimate", True)
+        rows.add(f"recall/{name}", found.recall, "share", "estimate", True)
+
+    def density() -> None:
+        found = coverage.density_coverage(real_features, fake_features)
+        rows.add(f"density/{name}", found.density, "ratio", "estimate", True)
+        rows.add(f"coverage/{name}", found.coverage, "share", "estimate", True)
+
+    def copying() -> None:
+        found = coverage.copies(train.flatten(1).double(), real.flatten(1).double(), fake.flatten(1).double())
+        rows.add("copies", found.share, "share", "estimate", False)
+        rows.rows[-1]["flag"] = found.copied
+
+    for metric, measure in {
+        "fid": fid, "kid": kid, "inception_score": score, "precision": precision, "density": density, "copies": copying
+    }.items():  # fmt: skip
+        rows.attempt(metric, measure)
+    return {"real": real_features.float(), "fake": fake_features.float()}
+
+
+@torch.no_grad()
+def likelihoods(rows: Rows, method: Method, x: Tensor, settings: Evaluation) -> None:
+    """Negative log-likelihood, bits/dim and ELBO of stored x, each labelled by what it is, into `rows`."""
+    model, dims = method.model, method.data.dims
+
+    def chunks() -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
+        for start in range(0, len(x), CHUNK):
+            part = x[start : start + CHUNK]
+            keys = noise.fold(torch.arange(start, start + len(part)), "likelihood", settings.seed)
+            rng = torch.Generator().manual_seed(noise.digest("likelihood", settings.seed, start))
+            encoded, log_det = model.codec.encode(part, keys)
+            yield encoded, log_det, rng
+
+    def add(nats: Tensor, kind: Literal["exact", "bound"]) -> None:
+        rows.add("nll", likelihood.mean_estimate(nats), "nats", kind, False)
+        if method.data.levels is not None:
+            bits = likelihood.mean_estimate(likelihood.bits_per_dim(nats, dims))
+            rows.add("bits_per_dim", bits, "bits/dim", kind, False)
+
+    if isinstance(model, Density):
+        nats = torch.cat([-(model.log_prob(y) + log_det).double() for y, log_det, _ in chunks()])
+        add(nats, "exact" if model.codec.exact else "bound")
+    elif isinstance(model, Bound):
+        elbo = torch.cat([(model.elbo(y, rng) + log_det).double() for y, log_det, rng in chunks()])
+        rows.add("elbo", likelihood.mean_estimate(elbo), "nats", "bound", False)
+        tight = [-(model.elbo(y, rng, k=settings.importance) + log_det).double() for y, log_det, rng in chunks()]
+        add(torch.cat(tight), "bound")
+
+
+def evaluate(
+    method: Method, fake: Tensor, dataset: str, settings: Evaluation, split: str = "test"
+) -> tuple[Rows, dict[str, Tensor]]:
+    """Everything that can be said of a model against one split.
+
+    Args:
+        method: the trained method.
+        fake: [N, *event] stored samples.
+        dataset: the prepared dataset's key.
+        settings: seeds and sizes.
+        split: "test" for the reported row, "valid" for searches.
+    Returns: the rows, and the features (empty without an extractor).
+    """
+    from pipelines.data import shards
+
+    folder = paths.data(dataset)
+    held_out, train = shards.load(folder, split).x, shards.load(folder, "train").x
+    extractor = extractor_of(dataset, method.data.dims)
+    rows = Rows(extractor.sha256 if extractor else None, split, settings.seed)
+    n = min(len(held_out), settings.max_samples, len(fake))
+    features: dict[str, Tensor] = {}
+    if extractor:
+        features = compare(rows, extractor, held_out[:n], fake[:n], train)
+    else:
+        reason = f"{dataset} has no extractor, and {method.data.dims} raw dimensions are more than {RAW_DIMS}"
+        rows.refused.append({"metric": "fid", "reason": reason})
+    rows.attempt("nll", lambda: likelihoods(rows, method, held_out, settings))
+    return rows, features
+
+
+def evaluate_stage(run: str, out: Path, params: Params) -> list[dict[str, Any]]:
+    """Writes evaluation.json, metrics.json (flat, for `dvc metrics`), features.safetensors, grid.png, refused.json."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    import dgm_models
+    from pipelines.stages import sample
+
+    started = time.time()
+    method = dgm_models.load(paths.artifact(run))
+    fake = sample.read(paths.samples(run), method.data.shape)
+    dataset = params.dataset_of(run)
+    rows, features = evaluate(method, fake, dataset, params.evaluation)
+    rows.rows += bounds(dataset)
+    with files.whole(out) as folder:
+        files.write_json(folder / "evaluation.json", rows.rows)
+        files.write_json(folder / "metrics.json", {row["metric"]: row["value"] for row in rows.rows})
+        files.write_json(folder / "refused.json", rows.refused)
+        files.write_json(folder / "timing.json", {"seconds": round(time.time() - started, 2)})
+        if features:
+            save_file(features, folder / "features.safetensors")
+        shutil.copy(paths.samples(run) / "grid.png", folder / "grid.png")
+    return rows.rows
+
+
+def reference(dataset: str, params: Params) -> list[dict[str, Any]]:
+    """The floor (training images against held-out ones) and the ceiling (noise), with the n of every other row."""
+    from pipelines.data import shards
+
+    folder = paths.data(dataset)
+    manifest = shards.read_manifest(folder)
+    test, train = shards.load(folder, "test").x, shards.load(folder, "train").x
+    extractor = extractor_of(dataset, manifest.spec().dims)
+    assert extractor is not None
+    n = min(len(test), params.evaluation.max_samples, len(train) // 2)
+    rng = torch.Generator().manual_seed(noise.digest("ceiling", params.evaluation.seed))
+    uniform = torch.randint(manifest.levels or 256, test[:n].shape, generator=rng).to(test.dtype)
+    found = []
+    for name, fake, rest in (("floor", train[:n], train[n:]), ("ceiling", uniform, train)):
+        rows = Rows(extractor.sha256, "test", params.evaluation.seed)
+        compare(rows, extractor, test[:n], fake, rest)
+        found += [{"run": name, **row} for row in rows.rows]
+    return found
+
+
+def bounds(dataset: str) -> list[dict[str, Any]]:
+    """The dataset's floor and ceiling as rows "<metric>/floor" and "<metric>/ceiling" of any evaluation."""
+    file = paths.extractor(dataset) / "reference.json"
+    if not file.is_file():
+        return []
+    return [
+        {name: value for name, value in row.items() if name != "run"} | {"metric": f"{row['metric']}/{row['run']}"}
+        for row in files.read_json(file)
+        if row["metric"].startswith("fid/")
+    ]
+
+
+def extractor_stage(dataset: str, out: Path, params: Params) -> dict[str, Any]:
+    """Trains the dataset's classifier, measures its accuracy, and writes the floor and the ceiling beside it."""
+    import dgm_models
+    from pipelines.data import shards
+    from pipelines.stages.train import train
+
+    train(params.extractors[dataset], out, params)
+    method = dgm_models.load(out)
+    test = shards.load(paths.data(dataset), "test")
+    _, probabilities = Extractor(dataset, "", method)(test.x)
+    assert probabilities is not None and test.cond is not None
+    right = likelihood.mean_estimate((probabilities.argmax(1) == test.cond).double())
+    with files.whole(out) as folder:
+        for path in paths.extractor(dataset).iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        accuracy = {"accuracy": asdict(right), "feature_dim": method.params["feature_dim"]}
+        files.write_json(folder / "accuracy.json", accuracy)
+        files.write_json(folder / "reference.json", reference(dataset, params))
+    return accuracy
