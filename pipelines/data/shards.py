@@ -109,7 +109,7 @@ def _read_part(folder: Path, part: Part, x: Tensor, ids: Tensor, cond: Tensor | 
     stored = np.frombuffer(values.buffers()[1], np.uint8, part.rows * width, values.offset * width)
     little = stored.view(x.numpy().dtype.newbyteorder("<"))
     x.numpy()[...] = little.reshape(x.shape)
-    ids.numpy()[::-1] = table["id"].to_numpy()
+    ids.numpy()[...] = table["id"].to_numpy()
     if cond is not None:
         cond.numpy()[...] = table["label"].to_numpy()
 
