@@ -686,8 +686,9 @@ class _Judge:
         """Rows and digests from the version's own verified files; its tags must say the same."""
         title = _title(version)
         if title not in self._seen:
-            rows = registration.fetch_document(self.mlflow, version, "evaluation/evaluation.json")
-            lineage = registration.fetch_document(self.mlflow, version, "artifact/spec.json")["lineage"]
+            names = ("evaluation/evaluation.json", "artifact/spec.json")
+            rows, spec = registration.fetch_documents(self.mlflow, version, *names)
+            lineage = spec["lineage"]
             if lineage["run_digest"] != version.tags[RUN_DIGEST]:
                 raise ValueError(f"{title}: its tag {RUN_DIGEST} is not what its spec.json says")
             self._seen[title] = Evaluation(title, lineage["run_digest"], lineage["data_digest"], rows)

@@ -382,8 +382,19 @@ def _all_versions(mlflow: MlflowClient, model: str) -> list[ModelVersion]:
 
 def _untagged(mlflow: MlflowClient, model: str, source: str) -> ModelVersion | None:
     """A version with our files but without its tags: whoever made it was stopped before it could set them."""
-    ours = [each for each in _all_versions(mlflow, model) if each.source == source and CONTENTS not in each.tags]
-    return ours[0] if ours else None
+    from mlflow.exceptions import MlflowException
+
+    for each in _all_versions(mlflow, model):
+        if each.source == source and CONTENTS not in each.tags:
+            try:  # one that is being deleted is listed without tags, too
+                again = mlflow.get_model_version(model, str(each.version))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+            else:
+                if CONTENTS not in again.tags:
+                    return again
+    return None
 
 
 def _is_whole(mlflow: MlflowClient, version: ModelVersion) -> bool:
@@ -595,14 +606,17 @@ def fetch_part(mlflow: MlflowClient, version: ModelVersion, part: str, into: Pat
     return into
 
 
-def fetch_document(mlflow: MlflowClient, version: ModelVersion, name: str) -> Any:
-    """One verified JSON file of a version, such as "evaluation/evaluation.json"."""
+def fetch_documents(mlflow: MlflowClient, version: ModelVersion, *names: str) -> list[Any]:
+    """Verified JSON files of a version, such as "evaluation/evaluation.json"."""
+    found = []
     with tempfile.TemporaryDirectory(prefix="dgm-fetch-") as work:
-        facts = _contents(mlflow, version, Path(work)).get(name)
-        path = _download(mlflow, version, f"artifacts/{name}", Path(work) / "file")
-        if facts is None or _sha256(path) != facts["sha256"]:
-            raise ValueError(f"{version.name} version {version.version}: {name} is changed or not listed")
-        return read_json(path)
+        listing = _contents(mlflow, version, Path(work))
+        for name in names:
+            path = _download(mlflow, version, f"artifacts/{name}", Path(work) / "files")
+            if name not in listing or _sha256(path) != listing[name]["sha256"]:
+                raise ValueError(f"{version.name} version {version.version}: {name} is changed or not listed")
+            found.append(read_json(path))
+    return found
 
 
 def _contents(mlflow: MlflowClient, version: ModelVersion, work: Path) -> dict[str, dict[str, Any]]:

@@ -27,13 +27,15 @@ class Made(Model):
 
     mask: Tensor
 
-    def __init__(self, data: DataSpec, width: int, depth: int, masks: int, random_order: bool, seed: int) -> None:
+    def __init__(
+        self, data: DataSpec, width: int, depth: int, masks: int, random_order: bool, direct: bool, seed: int
+    ) -> None:
         super().__init__(data, Discrete(data))
         assert data.levels is not None
         self.levels = data.levels
         inputs = data.levels if 2 < data.levels <= ONE_HOT_LEVELS else 1
         outputs = 1 if data.levels == 2 else data.levels
-        self.network = MaskedMlp(data.dims, inputs, outputs, width, depth, masks, random_order, seed)
+        self.network = MaskedMlp(data.dims, inputs, outputs, width, depth, masks, random_order, direct, seed)
         self.num_masks = masks
         self.register_buffer("mask", torch.zeros((), dtype=torch.int64))
 
@@ -101,6 +103,7 @@ def made(
     depth: Positive = 1,
     masks: Positive = 1,
     random_order: bool = False,
+    direct: bool = False,
     mask_seed: NonNegative = 0,
 ) -> tuple[Made, Nll]:
     """MADE over data of whole levels.
@@ -111,6 +114,7 @@ def made(
         depth: hidden layers.
         masks: mask sets, walked in training and averaged in probability afterwards.
         random_order: each mask set has its own order of the dimensions.
+        direct: connections from inputs to outputs as well.
         mask_seed: of the mask sets.
     """
-    return Made(data, width, depth, masks, random_order, mask_seed), Nll()
+    return Made(data, width, depth, masks, random_order, direct, mask_seed), Nll()

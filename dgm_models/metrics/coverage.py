@@ -156,7 +156,8 @@ def copies(train: Tensor, held_out: Tensor, fake: Tensor, alpha: float = 0.01) -
         halves.append((rows.gather(1, first[:, None])[:, 0] >= h)[kept_fakes].double().mean())
     distinct = int(m**2 / float(attracted.square().sum()))  # samples of one row are worth one
     near = delete_half(total / m, torch.stack(halves)).share(min(n, h, m), distinct)
-    value, low, high = (max(0.0, (each - chance) / (1 - chance)) for each in (near.value, near.low, near.high))
+    value, low = (max(0.0, (each - chance) / (1 - chance)) for each in (near.value, near.low))
+    high = min(1.0, value + (near.high - near.value) / (1 - chance))  # by luck below chance: none is no certainty
     bar = NormalDist().inv_cdf(1 - alpha / 2)
     copied = attached > bar or (nearer < -bar and float(plain.double().mean()) >= 0.5)
     return Copies(Estimate(value, low, high, near.n), nearer, attached, copied, alpha)

@@ -32,6 +32,7 @@ class MaskedMlp(nn.Module):
         width, depth: hidden layers.
         masks: number of mask sets; set i has its own hidden degrees.
         random_order: set i has its own random order of the dimensions; otherwise all follow the stored order.
+        direct: connections from inputs to outputs as well.
         seed: of degrees and orders.
     """
 
@@ -39,7 +40,16 @@ class MaskedMlp(nn.Module):
     hidden: Tensor
 
     def __init__(
-        self, dims: int, inputs: int, outputs: int, width: int, depth: int, masks: int, random_order: bool, seed: int
+        self,
+        dims: int,
+        inputs: int,
+        outputs: int,
+        width: int,
+        depth: int,
+        masks: int,
+        random_order: bool,
+        direct: bool,
+        seed: int,
     ) -> None:
         super().__init__()
         self.dims, self.inputs, self.outputs = dims, inputs, outputs
@@ -56,7 +66,7 @@ class MaskedMlp(nn.Module):
         sizes = [dims * inputs] + [width] * depth
         self.layers = nn.ModuleList(MaskedLinear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
         self.last = MaskedLinear(width, dims * outputs, strict=True)
-        self.skip = MaskedLinear(dims * inputs, dims * outputs, strict=True, bias=False)
+        self.direct = MaskedLinear(dims * inputs, dims * outputs, strict=True, bias=False) if direct else None
 
     def forward(self, x: Tensor, mask: Tensor | int) -> Tensor:
         """x [B, D * inputs] -> [B, D, outputs]."""
@@ -67,5 +77,7 @@ class MaskedMlp(nn.Module):
         for i, layer in enumerate(self.layers):
             h = F.relu(layer(h, before, self.hidden[mask, i]))
             before = self.hidden[mask, i]
-        logits: Tensor = self.last(h, before, final) + self.skip(x, first, final)
+        logits: Tensor = self.last(h, before, final)
+        if self.direct is not None:
+            logits = logits + self.direct(x, first, final)
         return logits.unflatten(1, (self.dims, self.outputs))

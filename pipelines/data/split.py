@@ -25,7 +25,7 @@ def split_rows(
         seed: another seed is another order and, where the source leaves it open, other splits.
     Raises: ValueError for an empty split.
     """
-    order = np.arange(rows)
+    order = _shuffled(rows, seed)
     if fixed is None:
         found = _cut(order, dict(zip(SPLITS, split, strict=True)))
     else:

@@ -127,6 +127,7 @@ def test_copies_does_not_flag_an_honest_sampler(name: str, d: int, train_rows: i
     found = outcomes(HONEST[name], d, train_rows, 12)
     assert sum(each.copied for each in found) <= 1  # twice at alpha = 0.01: 0.6%
     assert sum(each.share.low > 0 for each in found) <= 2
+    assert all(each.share.high > each.share.value for each in found if each.share.value < 1)
 
 
 def test_copies_twin_that_looks_at_distances_alone_flags_blur() -> None:

@@ -1,7 +1,8 @@
 """Do 95% intervals hold the truth 95% of the time? Simulated on known distributions, each with a twin that fails.
 
 A check passes at 0.88 of 100 repetitions (fewer for nearest neighbours, whose intervals are wide): with a true coverage
-of 0.94 that is missed by chance 0.7% of the time, and the seeds are fixed. The twins are public practice, and each must fall below that.
+of 0.94 that is missed by chance 0.7% of the time, and the seeds are fixed. The twins are public practice, and each must
+fall below that.
 """
 
 from __future__ import annotations

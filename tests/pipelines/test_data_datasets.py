@@ -261,13 +261,14 @@ def picture(path: Path, size: tuple[int, int] = (6, 4), mode: str = "RGB", **how
 
 
 def test_image_folder_reads_classes_from_subfolders_in_order(tmp_path: Path) -> None:
-    cat, dog = picture(tmp_path / "cat" / "1.png"), picture(tmp_path / "dog" / "deep" / "0.PNG")
+    names = ("ape", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
+    written = [picture(tmp_path / name / "deep" / "0.PNG") for name in reversed(names)]
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     raw = ImageFolder(str(tmp_path)).read(0)
-    assert np.array_equal(raw.x, np.stack([cat, dog]).transpose(0, 3, 1, 2))
-    assert raw.class_names == ("cat", "dog")
+    assert np.array_equal(raw.x, np.stack(written[::-1]).transpose(0, 3, 1, 2))
+    assert raw.class_names == names
     assert raw.labels is not None
-    assert (raw.labels.tolist(), raw.classes, raw.levels) == ([0, 1], 2, 256)
+    assert (raw.labels.tolist(), raw.classes, raw.levels) == (list(range(8)), 8, 256)
 
 
 def test_image_folder_without_subfolders_has_no_labels(tmp_path: Path) -> None:

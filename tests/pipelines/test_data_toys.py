@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import make_moons  # type: ignore[import-untyped, unused-ignore]
 
 from pipelines.data.datasets.checkerboard import Checkerboard
 from pipelines.data.datasets.eight_gaussians import EightGaussians
@@ -37,7 +38,7 @@ def rows() -> dict[Toy, Array]:
 def errors_of_entropy(toy: Toy, x: Array) -> float:
     """How many standard errors mean(-log p) lies from the entropy; a constant log p has no error at all."""
     nll = -toy.log_density(x)
-    return abs(nll.mean() - toy.entropy()) / (nll.std() / math.sqrt(len(x)) + 1e-9)
+    return float(abs(nll.mean() - toy.entropy()) / (nll.std() / math.sqrt(len(x)) + 1e-9))
 
 
 def chi_square(toy: Toy, x: Array, cells: int = 24, fine: int = 8) -> float:
@@ -80,7 +81,7 @@ def test_density_is_that_of_the_rows(toy: Toy, rows: dict[Toy, Array]) -> None:
 def test_density_of_slightly_different_settings_is_noticed(
     toy: Toy, change: dict[str, float], rows: dict[Toy, Array]
 ) -> None:
-    other = replace(toy, **change)  # the planted bug: the two tests above must be able to fail
+    other = replace(toy, **change)  # type: ignore[arg-type]  # the planted bug: the two tests above must be able to fail
     assert chi_square(other, rows[toy]) > 10
     assert errors_of_entropy(other, rows[toy]) > 4 or "rate" in change  # the swirl does not change the entropy
 
@@ -112,11 +113,26 @@ def test_checkerboard_has_no_row_outside_its_squares(rows: dict[Toy, Array]) -> 
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("toy", "count"), [(EightGaussians(4000), 8), (Moons(4000), 2), (Pinwheel(4000), 5)], ids=str)
-def test_label_tells_the_component(toy: Toy, count: int) -> None:
-    raw = toy.read(seed=3)
+def test_moons_lie_on_the_arcs_of_scikit_learn() -> None:
+    arcs, labels = make_moons(1000, noise=None)
+    raw = Moons(2000, noise=0.02).read(0)
+    for label in (0, 1):
+        gap = np.linalg.norm(raw.x[raw.labels == label][:, None] - arcs[labels == label], axis=2).min(1)
+        assert gap.max() < 0.02 * 6.6 + 0.005  # the longest draw of `noise.normal`, and half of the arcs' spacing
+
+
+@pytest.mark.parametrize(
+    ("toy", "quiet", "count"),
+    [
+        (EightGaussians(4000), EightGaussians(4000, noise=0.02), 8),
+        (Moons(4000), Moons(4000, noise=0.02), 2),
+        (Pinwheel(4000), Pinwheel(4000, noise=0.02), 5),
+    ],
+    ids=["eight gaussians", "moons", "pinwheel"],
+)
+def test_label_tells_the_component(toy: Toy, quiet: Toy, count: int) -> None:
+    raw, own = toy.read(seed=3), quiet.read(seed=3)  # the same draws with little noise lie at their component
     assert raw.labels is not None and raw.classes == count
-    own = replace(toy, **{"noise": 0.02}).read(seed=3)  # the same draws with little noise lie at their component
     assert own.labels is not None and np.array_equal(raw.labels, own.labels)
     centres = np.array([own.x[own.labels == label].mean(0) for label in range(count)])
     nearest = ((raw.x[:, None] - centres) ** 2).sum(2).argmin(1)

@@ -1,0 +1,52 @@
+# The two commands: `make repro` and `make test`. Both make .venv from requirements.lock first.
+PYTHON ?= python3
+BIN := .venv/bin
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+TORCH := $(shell sed -n 's/^torch==/torch==/p' requirements.lock)
+# PyPI's torch for Linux brings several gigabytes of CUDA: without an NVIDIA driver the CPU build is taken where it can be reached
+INDEX := $(if $(shell command -v nvidia-smi),,--extra-index-url $(CPU_WHEELS))
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: repro test env zoo lint bench lock clean
+
+repro: env
+	dvc repro
+
+test: env lint
+	pytest
+
+env: .venv/ready
+
+.venv/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -U pip
+	$(BIN)/pip install -q --retries 0 --no-deps $(INDEX) $(TORCH)
+	$(BIN)/pip install -q -c requirements.lock -e '.[dev]'
+	$(BIN)/pip check
+	touch $@
+
+lint: env
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+zoo: env
+	dvc repro zoo/dvc.yaml
+
+bench: env
+	python benchmarks/ray_train_overhead.py
+
+# the newest versions that pyproject.toml allows, as the new lock
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install -q -U pip
+	.venv-lock/bin/pip install -q --retries 0 --no-deps $(INDEX) $(TORCH)
+	.venv-lock/bin/pip install -q -e '.[dev]'
+	(sed -n '/^#/p' requirements.lock; .venv-lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//') > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf data extractors artifacts samples evaluations searches comparisons receipts promotions report .dgm mlflow.db mlartifacts

@@ -1,0 +1,183 @@
+"""Laws of sum over count: micro-batches equal one batch, and two ranks equal one.
+
+Stochastic gradient descent is linear in the gradient, so that rounding stays rounding; Adam divides by the
+gradient's own size and would turn a rounding of 1e-9 into a step of `lr`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from cases import CASES, Case
+from torch import Tensor, nn
+
+from dgm_models.codecs import continuous
+from dgm_models.method import Method
+from dgm_models.objective import Loss, Objective, Turn
+from dgm_models.protocols import Batch, DataSpec, Model
+from dgm_models.training.optim import Optim, Optims
+from dgm_models.training.runtime import Runtime
+from dgm_models.training.source import ArraySource
+from dgm_models.training.trainer import Train, Trainer
+
+STEPS, ROWS = 2, 7  # 7 rows are 3 + 2 + 2 micro-batches and 3 + 4 over two ranks: a mean of means is no mean
+# sums of some 10 float32 terms in another order, over 2 steps: some units in the last place of numbers up to 4
+TOLERANCE = 5e-6
+
+
+def run(case: Case, runtime: Runtime | None = None, accumulate: int = 1, method: Method | None = None) -> Trainer:
+    method = method or cases.made(case)
+    settings = Train(steps=STEPS, batch_size=ROWS, accumulate=accumulate, average=0.5, report_every=STEPS)
+    trainer = cases.trainer(method, settings, {"name": "sgd", "lr": 0.02, "clip": 10.0}, runtime=runtime)
+    trainer.run()
+    return trainer
+
+
+def reported(trainer: Trainer) -> dict[str, float]:
+    return trainer.history[-1][1]
+
+
+def slug(case: Case) -> str:
+    return str(case).replace("/", "_").replace(":", "_")
+
+
+def tensors(state: dict) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def assert_one_training(one: dict, two: dict) -> None:
+    assert cases.distance(tensors(one), tensors(two)) < TOLERANCE
+
+
+# ---- micro-batches
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_micro_batches_equal_one_batch(case: Case) -> None:
+    whole, parts = run(case), run(case, accumulate=3) if cases.made(case).objective.additive else None
+    if parts is None:
+        pytest.skip("the objective couples examples: the trainer refuses to accumulate, see test_contract_turns.py")
+    assert_one_training(cases.state_of(whole), cases.state_of(parts))
+    assert reported(parts) == pytest.approx(reported(whole), rel=1e-4, abs=1e-4)  # sums of losses up to 100 in float32
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_micro_batches_twin_with_a_mean_of_means_is_caught(case: Case) -> None:
+    def means(method: Method) -> Method:
+        turns = method.objective.turns()
+
+        def mean(loss):  # the mean over the micro-batch, counted as if it were one element
+            return lambda model, batch: Loss(loss(model, batch).total / len(batch))
+
+        method.objective.turns = lambda: [Turn(t.player, mean(t.loss), t.updates, t.every, t.fresh) for t in turns]
+        method.objective.count = lambda batch: 1
+        return method
+
+    whole, parts = (run(case, accumulate=k, method=means(cases.made(case))) for k in (1, 3))
+    difference = cases.distance(tensors(cases.state_of(whole)), tensors(cases.state_of(parts)))
+    assert difference > 4 * TOLERANCE  # the mistake stands clear of the tolerance
+
+
+# ---- ranks
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes, started once, have left what each of them reached."""
+    folder = tmp_path_factory.mktemp("pair")
+    script = Path(__file__).with_name("two_ranks.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    started = [
+        subprocess.Popen([sys.executable, str(script), str(rank), str(folder)], env=environment, cwd=cases.ROOT,
+                         stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        errors = [process.communicate(timeout=90)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
+    return folder
+
+
+def left(folder: Path, name: str) -> list[dict]:
+    return [torch.load(folder / f"{name}-{rank}", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_ranks_equal_one(case: Case, pair: Path) -> None:
+    first, second = left(pair, slug(case))
+    assert cases.differences(first, second) == []  # the ranks hold the same bits, metrics included
+    one = run(case)
+    if case.row.synchronised:
+        assert_one_training(cases.state_of(one), {k: v for k, v in first.items() if k != "metrics"})
+        assert first["metrics"] == pytest.approx(reported(one), rel=1e-4, abs=1e-4)  # as for micro-batches
+    else:  # an exemption that is no longer needed is to be struck from the row
+        assert cases.distance(tensors(cases.state_of(one)), tensors(first)) > TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_ranks_that_saw_one_rank_s_rows_would_differ(case: Case) -> None:
+    class Half(Runtime):
+        """Takes its share of the rows and adds nothing of the other rank's."""
+
+        def share(self, rows: int) -> tuple[int, int]:
+            return 0, rows // 2
+
+    half, one = run(case, Half()), run(case)
+    assert cases.distance(tensors(cases.state_of(half)), tensors(cases.state_of(one))) > 4 * TOLERANCE
+
+
+class Two(Model):
+    """Two parameters of one player; the loss uses those whose numbers are in `own`."""
+
+    def __init__(self, data: DataSpec) -> None:
+        super().__init__(data, continuous(data))
+        self.weights = nn.ParameterList([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))])
+
+
+class Partial(Objective):
+    def __init__(self, own: Sequence[int]) -> None:
+        super().__init__()
+        self.own = own
+
+    def turns(self) -> Sequence[Turn]:
+        return (Turn("model", self.loss),)
+
+    def loss(self, model: Two, batch: Batch) -> Loss:
+        return Loss(torch.stack([(model.weights[i] * batch.x).sum() for i in self.own]).sum())
+
+
+def disagreement(runtime: Runtime, own: Sequence[int]) -> str:
+    """The message of a step in which this rank's loss reaches the parameters in `own`, or "" when it went through."""
+    data = DataSpec("vector", (2,))
+    trainer = Trainer(
+        Two(data), Partial(own), ArraySource(torch.ones(8, 2), data), Train(steps=1, batch_size=4), Optims(Optim()), 0,
+        runtime,
+    )  # fmt: skip
+    try:
+        trainer.run()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_two_ranks_gather_rows_of_different_number(pair: Path) -> None:
+    for facts in left(pair, "facts"):
+        assert torch.equal(facts["gathered"], torch.tensor([10.0, 11.0, 12.0]))
+
+
+@pytest.mark.parametrize(("how", "names"), [("exchanged", ("weights.0", "weights.1")), ("unequal", ("weights.1",))])
+def test_two_ranks_with_other_gradients_are_refused_by_name(how: str, names: tuple[str, ...], pair: Path) -> None:
+    for facts in left(pair, "facts"):
+        assert facts["disagree"] == ""
+        assert "the ranks disagree which parameters of 'model' have gradients" in facts[how]
+        assert all(name in facts[how] for name in names)
