@@ -258,7 +258,8 @@ def promote(
 
     params = _params()
     verdicts = {}
-    for name in [model] if model else sorted({params.dataset_of(key) for key in params.runs}):
+    receipts = sorted((paths.root() / "receipts").glob("*.json"))
+    for name in [model] if model else sorted({files.read_json(path)["model"] for path in receipts}):
         _key("datasets", name, params.datasets)
         verdict = promotion.promote(name, params.promotion, receipt=paths.promotion(name), uri=_uri(params))
         files.write_bytes(paths.promotion(name).with_suffix(".verdict.json"), verdict.to_json().encode())

@@ -204,7 +204,7 @@ def _what(rows: list[Row], shown: Iterable[str]) -> str:
         entries = [entry for row in rows if (entry := metric(row, base))]
         which = {
             f"n = {entry['n']} of {entry['split']}"
-            + (f", extractor {entry['extractor']} {entry['extractor_sha256'][:8]}" if entry["extractor"] else "")
+            + (f", features of {entry['extractor']} ({entry['extractor_sha256'][:8]})" if entry["extractor"] else "")
             for entry in entries
         }
         told.setdefault(" and ".join(sorted(which)), []).append(COLUMNS[base])

@@ -20,6 +20,11 @@ def root() -> Path:
     raise ValueError(f"{here}: no params.yaml here or above; change to the project's folder or set DGM_ROOT")
 
 
+def code() -> Path:
+    """The folder of the code that runs: where `dgm_models` and `pipelines` lie."""
+    return Path(__file__).parents[1]
+
+
 def data(dataset: str) -> Path:
     return root() / "data" / dataset
 

@@ -57,6 +57,8 @@ class Train:
     def __post_init__(self) -> None:
         if self.keep == "best" and not self.validate_every:
             raise ValueError("keep: 'best' needs validate_every above 0")
+        if self.keep == "best" and self.validate_every > self.steps:
+            raise ValueError(f"validate_every: {self.validate_every} is never reached in {self.steps} steps")
         if self.patience and not self.validate_every:
             raise ValueError("patience: needs validate_every above 0")
         if self.accumulate > self.batch_size:
@@ -189,6 +191,8 @@ class Trainer:
         torch.manual_seed(noise.digest(self.seed, "initialize"))
         with torch.no_grad():
             self.objective.initialize(self.model, batch)
+        if self.average:  # it was copied before the weights were there
+            self.average.module.load_state_dict(self.model.state_dict())
 
     def _update(self, index: int, turn: Turn, batch: Batch, update: int) -> None:
         """One optimizer update of one player: gradients are sums over all ranks' micro-batches over the global count."""
@@ -197,6 +201,7 @@ class Trainer:
         batch = batch.fold("update", self.step_number, index, update)
         sums: dict[str, Tensor] = {}
         count = torch.zeros((), device=self.runtime.device)
+        optimizer.zero_grad(set_to_none=True)  # an update that was interrupted leaves gradients behind
         with _only(self.players, turn.player) as parameters:
             for part, micro in enumerate(batch.split(self.train.accumulate)):
                 # dropout and the like: the same after a resume, different on every rank
@@ -207,12 +212,10 @@ class Trainer:
                 count += self.objective.count(micro)
                 for name, value in {"loss": loss.total, **loss.metrics}.items():
                     sums[name] = sums.get(name, 0) + value.detach().float()
+            self._agree(turn.player, parameters)
             with_gradient = [p for p in parameters if p.grad is not None]
             gradients = [p.grad for p in with_gradient if p.grad is not None]
-            agreed = torch.tensor([float(len(gradients)), float(self.runtime.world)], device=self.runtime.device)
-            self.runtime.sum([*gradients, count, agreed, *sums.values()])
-            if self.runtime.world > 1 and float(agreed[0]) != len(gradients) * self.runtime.world:
-                raise RuntimeError(f"the ranks disagree which parameters of {turn.player!r} have gradients")
+            self.runtime.sum([*gradients, count, *sums.values()])
             torch._foreach_div_(gradients, count)
             norm = torch.nn.utils.get_total_norm(gradients)
             if not bool(torch.isfinite(norm)):
@@ -231,6 +234,21 @@ class Trainer:
         for name, value in sums.items():
             self._record(prefix + name, value, count)
         self._record(f"{prefix}gradient_norm", norm, torch.ones_like(norm))
+
+    def _agree(self, player: str, parameters: Sequence[nn.Parameter]) -> None:
+        """Raises RuntimeError on every rank when the ranks' gradients are of different parameters.
+
+        An all-reduce of its own: the gradients' reduction would wait for ever when their sizes differ.
+        """
+        if self.runtime.world == 1:
+            return
+        present = torch.tensor([float(p.grad is not None) for p in parameters], device=self.runtime.device)
+        self.runtime.sum([present])
+        apart = (present > 0) & (present < self.runtime.world)
+        if bool(apart.any()):
+            names = {id(p): name for name, p in self.players[player].named_parameters()}
+            found = ", ".join(names[id(p)] for p, differs in zip(parameters, apart.tolist(), strict=True) if differs)
+            raise RuntimeError(f"the ranks disagree which parameters of {player!r} have gradients: {found}")
 
     def _record(self, name: str, total: Tensor, count: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0) + total
@@ -251,15 +269,21 @@ class Trainer:
         model = self.evaluated
         was_training = model.training
         model.eval()
+        kept = [(buffer, buffer.clone()) for buffer in self.objective.buffers()]  # chains move on in training alone
         totals = torch.zeros(2, device=self.runtime.device)
         for start in range(0, len(self.valid), self.train.batch_size):
             rows = min(self.train.batch_size, len(self.valid) - start)
             first, last = self.runtime.share(rows)
             if last > first:
                 batch = self._fetch(self.valid, start + first, start + last, "valid")
-                with self.runtime.autocast():
-                    loss = self.turns[0].loss(model, batch)
-                totals += torch.stack([loss.total.float(), torch.as_tensor(self.objective.count(batch)).to(totals)])
+                torch.manual_seed(noise.digest(self.seed, "valid", start, self.runtime.rank))
+                prepared = self.objective.prepare(model, batch)
+                for part in [prepared] if isinstance(prepared, Batch) else prepared:
+                    with self.runtime.autocast():
+                        loss = self.turns[0].loss(model, part)
+                    totals += torch.stack([loss.total.float(), torch.as_tensor(self.objective.count(part)).to(totals)])
+        for buffer, value in kept:
+            buffer.copy_(value)
         self.runtime.sum([totals])
         model.train(was_training)
         value = float(totals[0] / totals[1])
@@ -274,7 +298,7 @@ class Trainer:
 
     def final(self) -> nn.Module:
         """The weights that this training hands on."""
-        return self.best.module if self.best else self.evaluated
+        return self.best.module if self.best and self.best_loss < float("inf") else self.evaluated
 
     def _modules(self) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {"model": self.model, "objective": self.objective}

@@ -118,7 +118,7 @@ def train_here(plan: Plan, run: Run, rung: Callable[[int, float], None] | None =
                 rung(step, valid_fid(plan, replace_model(method, weights)))
 
         trainer.run(report)
-        publish_artifact(job, method, trainer, store)
+        publish_artifact(job, method, trainer, store, {"world": 1})
     with store.fetched("artifact") as folder:
         method = dgm_models.load(folder)
     value = valid_fid(plan, method)

@@ -36,7 +36,7 @@ def session(cluster: Cluster) -> Iterator[Any]:
 
     address = os.environ.get("RAY_ADDRESS") or cluster.address
     environment = {name: os.environ[name] for name in SETTINGS}
-    environment["PYTHONPATH"] = os.pathsep.join([str(paths.root()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment["PYTHONPATH"] = os.pathsep.join([str(paths.code()), *filter(None, [os.environ.get("PYTHONPATH")])])
     options: dict[str, Any] = {"runtime_env": {"env_vars": environment}} if address else {}
     if not address:
         os.environ["PYTHONPATH"] = environment["PYTHONPATH"]

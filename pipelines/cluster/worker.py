@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def train(job: Job, runtime: Any, report: Callable[[int, dict[str, float]], None
     with store.newest() as folder:
         if folder:
             trainer.load(folder)
-            log.info("resuming %s at step %d", job.run.key, trainer.step_number)
+    resumed = trainer.step_number
     runtime.barrier()  # no rank may write step N+1 while another still reads step N
 
     def save(trainer: Any) -> None:
@@ -78,14 +79,22 @@ def train(job: Job, runtime: Any, report: Callable[[int, dict[str, float]], None
             store.save(trainer.step_number, trainer.save)
         runtime.barrier()
 
+    started = time.perf_counter()
     trainer.run(report, save)
     if runtime.chief:
-        publish_artifact(job, method, trainer, store)
+        seconds = round(time.perf_counter() - started, 3)
+        facts = {"world": runtime.world, "resumed_at": resumed, "seconds": seconds}
+        publish_artifact(job, method, trainer, store, facts)
     runtime.barrier()
 
 
-def publish_artifact(job: Job, method: Any, trainer: Any, store: RunStore) -> None:
-    """The weights that the training hands on, with their curves, as a sealed folder in the store."""
+def publish_artifact(job: Job, method: Any, trainer: Any, store: RunStore, facts: Mapping[str, Any]) -> None:
+    """The weights that the training hands on, with their curves, as a sealed folder in the store.
+
+    Args:
+        facts: what happened on the way, for the lineage: workers, the step of the last resume (0 for none), and
+            the seconds of the loop since then.
+    """
     import json
 
     from dgm_models import method as library
@@ -93,8 +102,8 @@ def publish_artifact(job: Job, method: Any, trainer: Any, store: RunStore) -> No
 
     method.model.load_state_dict(trainer.final().state_dict())
     with tempfile.TemporaryDirectory(prefix="dgm-") as folder:
-        artifact = library.save(method, Path(folder, "artifact"), lineage={**job.lineage, "steps": trainer.step_number})
-        lines = (json.dumps({"step": step, "metrics": metrics}) for step, metrics in trainer.history)
+        artifact = library.save(method, Path(folder, "artifact"), lineage={**job.lineage, **facts, "steps": trainer.step_number})
+        lines = (json.dumps({"step": step, "metrics": metrics}, sort_keys=True) for step, metrics in trainer.history)
         (artifact / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
         checkpoint.seal(artifact)
         store.publish("artifact", artifact)

@@ -73,7 +73,13 @@ class Section:
 def prepare(section: Section | Mapping[str, Any], out: Path | str) -> Manifest:
     """Reads a dataset and writes it to `out`, whole or not at all; the same input gives the same bytes.
 
+    Args:
+        section: a `Section`, or one flat section as read from YAML.
+        out: the dataset's folder; an earlier one is replaced.
     Raises: ValueError that names the dataset, the file, what was found and what is expected. `out` is then as before.
+
+    >>> prepare({"name": "moons", "rows": 1000, "split": [0.8, 0.1, 0.1]}, "data/moons").rows  # doctest: +SKIP
+    {'train': 800, 'valid': 100, 'test': 100}
     """
     section = section if isinstance(section, Section) else Section.of(section)
     return write(section.name, section.dataset.read(section.settings.seed), section.settings, out)

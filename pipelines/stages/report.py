@@ -11,7 +11,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipelines import leaderboard, paths
 View = dict[str, Any]
 Point = tuple[float, float]
 TEMPLATES = Path(__file__).parents[1] / "templates"
-WIDTH, HEIGHT = 300, 132  # of a panel of curves, in its own units
+WIDTH, HEIGHT = 200, 106  # of a panel of curves, in its own units
 SHARP = 0.15  # a curve's first share of steps that may leave its panel, so that the rest has a shape
 AS_WRITTEN = "as-written"
 # base name -> heading, explanation, which direction is better
@@ -137,7 +138,7 @@ def _table(rows: list[leaderboard.Row]) -> View:
 def _cell(entry: Mapping[str, Any] | None, column: Mapping[str, Any]) -> View | None:
     if entry is None:
         return None
-    value, interval = (_minus(text) for text in leaderboard.number(entry))
+    value, interval = _text(entry)
     kind = entry["kind"] if entry["kind"] != "estimate" else None
     own = None if entry["n"] == column["n"] else entry["n"]
     return {"value": value, "interval": interval, "kind": kind, "n": own, "flag": entry.get("flag")}
@@ -145,7 +146,7 @@ def _cell(entry: Mapping[str, Any] | None, column: Mapping[str, Any]) -> View | 
 
 def _fid(row: leaderboard.Row) -> str | None:
     entry = leaderboard.metric(row, "fid")
-    return _minus(leaderboard.number(entry)[0]) if entry else None
+    return _text(entry)[0] if entry else None
 
 
 def _extractor(dataset: str, rows: list[leaderboard.Row]) -> View | None:
@@ -160,7 +161,7 @@ def _extractor(dataset: str, rows: list[leaderboard.Row]) -> View | None:
         "n": " or ".join(str(n) for n in sorted({entry["n"] for entry in entries})),
         "split": " and ".join(sorted({entry["split"] for entry in entries})),
         "dim": accuracy and accuracy.get("feature_dim"),
-        "accuracy": accuracy and {"n": accuracy["accuracy"]["n"], "text": leaderboard.number(accuracy["accuracy"])},
+        "accuracy": accuracy and {"n": accuracy["accuracy"]["n"], "text": _text(accuracy["accuracy"])},
     }
 
 
@@ -169,9 +170,12 @@ def _promotion(dataset: str, rows: list[leaderboard.Row]) -> View:
     receipt = leaderboard.promotion(dataset)
     verdict = _optional(paths.promotion(dataset).with_suffix(".verdict.json"), None)
     champion = receipt and receipt["champion"]
+    row = next((row for row in rows if row["champion"]), None)
+    fid = row and leaderboard.metric(row, "fid")
     return {
         "champion": champion,
-        "row": next((row["run"] for row in rows if row["champion"]), None),
+        "row": row and row["run"],
+        "fid": fid and _text(fid),
         "history": [
             {"action": each["action"], "run": each["to"]["run"], "version": each["to"]["version"], "time": each["time"]}
             for each in (receipt or {}).get("history", [])
@@ -202,7 +206,15 @@ def _search(key: str) -> View:
     best = leaderboard.read(folder / "best.json")
     csv_file = folder / "trials.csv"
     told = list(csv.reader(csv_file.read_text(encoding="utf-8").splitlines())) if csv_file.is_file() else [[]]
-    compared = _optional(paths.root() / "comparisons" / f"{key}.json", None)
+    file = paths.root() / "comparisons" / f"{key}.json"
+    compared = _optional(file, None)
+    with _of(file):
+        test = compared and _comparison(compared["rows"], best["chosen"], file)
+    with _of(folder / "best.json"):
+        return _told(key, best, told, test, _png(folder / "trials.png"))
+
+
+def _told(key: str, best: Any, told: list[list[str]], test: View | None, plot: str | None) -> View:
     return {
         "key": key,
         "run": best["run"],
@@ -218,20 +230,22 @@ def _search(key: str) -> View:
         ],
         "heads": told[0],
         "trials": [[short(cell) for cell in line] for line in told[1:]],
-        "plot": _png(folder / "trials.png"),
-        "test": compared and _comparison(compared["rows"], best["chosen"]),
+        "plot": plot,
+        "test": test,
     }  # fmt: skip
 
 
-def _comparison(rows: list[dict[str, Any]], chosen: str) -> View:
+def _comparison(rows: list[dict[str, Any]], chosen: str, file: Path) -> View:
     """The same seeds with and without the search's parameters; nothing to compare when as written was chosen."""
+    if len({(row["side"], row["seed"]) for row in rows}) < len(rows):
+        raise ValueError(f"{file}: two rows of one side have the same seed; `dvc repro` makes it")
     sides = {side: {row["seed"]: row for row in rows if row["side"] == side} for side in (AS_WRITTEN, "tuned")}
     if chosen.replace(" ", "-") == AS_WRITTEN:
         sides.pop("tuned")
     axis = Axis(rows)
     shown = [
         {"seed": seed, "side": side.replace("-", " "), "bar": axis.bar(of[seed]), "tuned": side == "tuned",
-         "text": [_minus(text) for text in leaderboard.number(of[seed])]}
+         "text": _text(of[seed])}
         for seed in sorted({row["seed"] for row in rows}) for side, of in sides.items() if seed in of
     ]  # fmt: skip
     pairs = [(of_written["value"], sides["tuned"][seed]["value"]) for seed, of_written in sides[AS_WRITTEN].items()
@@ -313,7 +327,7 @@ def panels(run: str) -> list[View]:
         for name, value in metrics.items():
             if math.isfinite(value):
                 player, _, last = name.rpartition("/")
-                series.setdefault(last, {}).setdefault(player or last, []).append((step, value))
+                series.setdefault(last, {}).setdefault(player or "train", []).append((step, value))
     order = sorted(series, key=lambda name: ({"loss": 0, "gradient_norm": 1}.get(name, 2), name))
     return [panel(name, series[name]) for name in order]
 
@@ -351,7 +365,7 @@ def panel(name: str, lines: Mapping[str, Sequence[Point]]) -> View:
         "x": [{"at": x_at(tick), "text": short(tick)} for tick in (first, last)][: 2 if last > first else 1],
         "y": [{"at": y_at(tick), "text": _minus(short(tick))} for tick in marks],
         "lines": [
-            {"label": label, "last": _minus(short(points[-1][1])), "dash": label == "valid",
+            {"label": label, "last": _minus(short(points[-1][1], 3)), "dash": label == "valid",
              "path": " ".join(f"{x_at(x)},{y_at(y)}" for x, y in points),
              "dot": (x_at(points[-1][0]), y_at(points[-1][1]))}
             for label, points in sorted(lines.items(), key=lambda item: (item[0] == "valid", item[0]))
@@ -363,26 +377,42 @@ def panel(name: str, lines: Mapping[str, Sequence[Point]]) -> View:
 # ---------------------------------------------------------------- small things
 
 
-def short(value: Any) -> str:
-    """A number, or text that is one, with four digits; other text as it is."""
+def short(value: Any, digits: int = 4) -> str:
+    """A number, or text that is one, with a few digits; other text as it is."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         return str(value)
-    if number == int(number) and abs(number) < 1e7 if math.isfinite(number) else False:
+    if math.isfinite(number) and number == int(number) and abs(number) < 1e7:
         return str(int(number))
-    return f"{number:.4g}"
+    return f"{number:.{digits}g}"
 
 
 def _minus(text: str) -> str:
     return text.replace("-", "−")
 
 
+def _text(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """A value and its interval."""
+    value, interval = leaderboard.number(entry)
+    return _minus(value), _minus(interval)
+
+
 def flat(values: Any, path: str = "") -> list[tuple[str, str]]:
     """Nested sections as dotted names and text."""
     if isinstance(values, Mapping):
         return [pair for key, value in values.items() for pair in flat(value, f"{path}.{key}" if path else str(key))]
-    return [(path, values if isinstance(values, str) else json.dumps(values))]
+    text = short(values, 6) if isinstance(values, float) else json.dumps(values)
+    return [(path, values if isinstance(values, str) else text)]
+
+
+@contextmanager
+def _of(path: Path) -> Iterator[None]:
+    """Names the file whose content is not what its stage writes."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: not what its stage writes ({error!r}); `dvc repro` makes it") from error
 
 
 def _optional(path: Path, default: Any) -> Any:

@@ -28,10 +28,10 @@ def code_digest(method: str) -> str:
 
     total = hashlib.sha256()
     for name in paths.code_of(registry.row(method).file):
-        path = paths.root() / name
+        path = paths.code() / name
         files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
         for file in files:
-            total.update(file.relative_to(paths.root()).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+            total.update(file.relative_to(paths.code()).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return total.hexdigest()
 
 
@@ -87,7 +87,7 @@ def tuned_run(key: str, params: Params) -> Run:
     search = params.tuned[key]
     file = paths.search(search) / "best.json"
     if not file.is_file():
-        raise ValueError(f"tuned.{key}: {file.relative_to(paths.root())} is missing; run `dgm tune {search}` first")
+        raise ValueError(f"tuned.{key}: {file.relative_to(paths.code())} is missing; run `dgm tune {search}` first")
     best = json.loads(file.read_text())
     return with_values(params.run(params.searches[search].run), best["parameters"], key, params.datasets)
 

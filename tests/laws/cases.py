@@ -84,14 +84,12 @@ def made(case: Case, spec: DataSpec | None = None, seed: int = 0) -> Method:
     return build(case.method, spec or case.spec, seed=seed, **small(case.method))
 
 
-def rows(spec: DataSpec, n: int, seed: int = 0, narrow: bool = False) -> Tensor:
-    """Stored examples [n, *shape]: of high entropy, or `narrow`, of low."""
+def rows(spec: DataSpec, n: int, seed: int = 0) -> Tensor:
+    """Stored examples [n, *shape]."""
     rng = torch.Generator().manual_seed(seed)
     if spec.levels is None:
-        return torch.randn(n, *spec.shape, generator=rng) * (0.1 if narrow else 1.0) * spec.scale + spec.location
+        return torch.randn(n, *spec.shape, generator=rng) * spec.scale + spec.location
     x = torch.randint(spec.levels, (n, *spec.shape), generator=rng)
-    if narrow:
-        x = torch.where(torch.rand(x.shape, generator=rng) < 0.9, 0, x)
     return x.to(torch.uint8 if spec.levels <= 256 else torch.int32)
 
 
@@ -99,8 +97,8 @@ def labels(spec: DataSpec, n: int) -> Tensor | None:
     return torch.arange(n) % spec.classes if spec.classes else None
 
 
-def source(spec: DataSpec, n: int = 24, narrow: bool = False, seed: int | None = 0) -> ArraySource:
-    return ArraySource(rows(spec, n, narrow=narrow), spec, labels(spec, n), seed=seed)
+def source(spec: DataSpec, n: int = 24, seed: int | None = 0) -> ArraySource:
+    return ArraySource(rows(spec, n), spec, labels(spec, n), seed=seed)
 
 
 def every_state(spec: DataSpec) -> Tensor:
@@ -114,26 +112,21 @@ def trainer(
     method: Method,
     settings: Train,
     optim: dict[str, Any],
-    narrow: bool = False,
     runtime: Runtime | None = None,
     kind: type[Trainer] = Trainer,
 ) -> Trainer:
     return kind(
-        method.model, method.objective, source(method.data, narrow=narrow), settings, read_optims(optim, "optim"),
+        method.model, method.objective, source(method.data), settings, read_optims(optim, "optim"),
         0, runtime, source(method.data, 12, seed=None) if settings.validate_every else None,
     )  # fmt: skip
 
 
-def intercept(method: Method, before: Callable[[int], None]) -> None:
-    """Calls `before(turn's index)` ahead of every loss of the objective; to be done before the trainer is made."""
+def intercept(method: Method, after: Callable[[int, Any, Loss], Loss]) -> None:
+    """Passes every loss of the objective through `after(turn's index, model, loss)`; do it before making the trainer."""
     turns = method.objective.turns()
 
     def wrapped(index: int, loss: Callable[..., Loss]) -> Callable[..., Loss]:
-        def call(model: Any, batch: Any) -> Loss:
-            before(index)
-            return loss(model, batch)
-
-        return call
+        return lambda model, batch: after(index, model, loss(model, batch))
 
     replaced = tuple(replace(turn, loss=wrapped(index, turn.loss)) for index, turn in enumerate(turns))
     method.objective.turns = lambda: replaced  # type: ignore[method-assign]

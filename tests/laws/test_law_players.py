@@ -14,7 +14,7 @@ from cases import CASES, FIRST, ROOT, ROWS, SPECS, Case
 from dgm_models import registry
 from dgm_models.construct import ConfigError
 from dgm_models.method import build
-from dgm_models.objective import Objective
+from dgm_models.objective import Loss, Objective
 from dgm_models.protocols import KINDS, DataSpec, capabilities
 from dgm_models.training.trainer import Train
 
@@ -24,7 +24,12 @@ pytestmark = pytest.mark.filterwarnings("error")
 def gradients_by_turn(method, steps: int = 3) -> list[dict[str, bool]]:
     """For each turn: parameter's name -> whether its gradient was ever not zero. Every step takes every turn here."""
     now = [-1]
-    cases.intercept(method, lambda index: now.__setitem__(0, index))
+
+    def after(index: int, model: object, loss: Loss) -> Loss:
+        now[0] = index
+        return loss
+
+    cases.intercept(method, after)
     seen: list[dict[str, bool]] = [{} for _ in method.objective.turns()]
     for name, parameter in method.model.named_parameters():
 

@@ -1,7 +1,7 @@
 """Law of the resume: a training that was killed and loaded equals the one that was never killed, bit for bit, on CPU.
 
 The killed run stops by an exception inside a loss: at a step's first loss, between the micro-batches of an
-accumulation, and in a player's second update. It is resumed in a fresh trainer, whose initial weights differ, and
+accumulation, in a player's second update, and in a validation. It is resumed in a fresh trainer, whose initial weights differ, and
 in the trainer that was interrupted.
 """
 
@@ -13,11 +13,14 @@ from pathlib import Path
 import cases
 import pytest
 from cases import FIRST, Case
+from torch import nn
 
 from dgm_models.method import Method
+from dgm_models.objective import Loss
 from dgm_models.training.trainer import Train, Trainer
 
 STEPS, SAVED, KILLED = 8, 5, 6  # the checkpoint after step 5 is older than the kill, inside step index 6
+VALIDATION = -1  # the place of the validation among the turns
 OPTIM = {"lr": 0.02, "warmup": 3, "schedule": "cosine", "clip": 5.0}
 
 
@@ -40,12 +43,14 @@ def settings(method: Method) -> Train:
 
 
 def points(case: Case) -> dict[str, tuple[int, int]]:
-    """Where to kill: name -> (turn, number of its losses that are computed in the step before the kill)."""
+    """Where to kill: name -> (turn or VALIDATION, number of its losses that are computed in the step before the kill)."""
     method = cases.made(case)
     accumulate = settings(method).accumulate
     found = {"step": (0, 0), "last turn": (len(method.objective.turns()) - 1, 0)}
     if accumulate > 1:
         found["accumulation"] = (0, 1)
+    if settings(method).validate_every:
+        found["validation"] = (VALIDATION, 0)
     for index, turn in enumerate(method.objective.turns()):
         if turn.updates > 1 and KILLED % turn.every == 0:
             found["second update"] = (index, accumulate)
@@ -53,21 +58,22 @@ def points(case: Case) -> dict[str, tuple[int, int]]:
 
 
 def start(case: Case, seed: int = 0, kill: tuple[int, int] | None = None, kind: type[Trainer] = Trainer) -> Trainer:
-    """A trainer on data of low entropy: the validation loss, on data of high entropy, rises after its first values."""
+    """A trainer whose validation loss is made to rise, so that the best weights are those of the first validation."""
     method = cases.made(case, seed=seed)
     holder: list[Trainer] = []
     calls = [0]
 
-    def before(index: int) -> None:
-        trainer = holder[0]
-        if kill and trainer.step_number == KILLED and index == kill[0]:
-            if calls[0] == kill[1]:
-                calls[0] += 1
-                raise Killed
+    def after(index: int, model: nn.Module, loss: Loss) -> Loss:
+        step = holder[0].step_number
+        here = index if model.training else VALIDATION
+        if kill and step == KILLED and here == kill[0]:
             calls[0] += 1
+            if calls[0] == kill[1] + 1:
+                raise Killed
+        return loss if model.training else Loss(loss.total + 100.0 * step)
 
-    cases.intercept(method, before)
-    holder.append(cases.trainer(method, settings(method), OPTIM, narrow=True, kind=kind))
+    cases.intercept(method, after)
+    holder.append(cases.trainer(method, settings(method), OPTIM, kind=kind))
     return holder[0]
 
 

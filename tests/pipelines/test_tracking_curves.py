@@ -154,7 +154,7 @@ def test_curves_survive_a_tracker_that_never_answers(silent: str, tmp_path: Path
 def test_curves_send_the_spool_when_the_tracker_comes_back(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    curves = curves_at(uri, tmp_path, pause=0.2)
+    curves = curves_at(uri, tmp_path, pause=1.0)
     assert curves.log(1, {"loss": 1.0})
     real = tracking.client
 
@@ -165,7 +165,7 @@ def test_curves_send_the_spool_when_the_tracker_comes_back(
     assert not curves.log(2, {"loss": 1.0})
     monkeypatch.setattr(tracking, "client", real)
     assert not curves.log(3, {"loss": 1.0})  # still pausing
-    time.sleep(0.25)
+    time.sleep(1.05)
     assert curves.log(4, {"loss": 1.0})
     assert curves.finish()
     assert steps(uri) == [1, 2, 3, 4]
@@ -256,6 +256,7 @@ def test_curves_survive_a_locked_database(uri: str, tmp_path: Path) -> None:
         assert not curves.log(2, {"loss": 1.0})
         assert time.monotonic() - start < 2
         other.rollback()
+    curves.wait = 20.0
     assert curves.finish()
     assert steps(uri) == [1, 2]
 

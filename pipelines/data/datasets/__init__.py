@@ -1,12 +1,14 @@
-"""The table of datasets; nothing is imported until it is asked for."""
+"""The table of datasets; nothing is imported until it is asked for, torch neither."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from dgm_models.construct import ConfigError, did_you_mean
-from pipelines.data.raw import Dataset
+
+if TYPE_CHECKING:
+    from pipelines.data.raw import Dataset
 
 TABLE = {
     "digits": "pipelines.data.datasets.digits:Digits",
