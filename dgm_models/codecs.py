@@ -7,6 +7,7 @@ uniform dequantisation it is a lower bound (Theis, van den Oord, Bethge 2016, ar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +45,13 @@ def _levels(data: DataSpec, codec: str) -> int:
     return data.levels
 
 
+def _inside(y: Tensor, x: Tensor, cell: Callable[[Tensor], Tensor]) -> Tensor:
+    """Float64 y as float32, one step back where rounding has left the cell of x: `decode` must give x again."""
+    rounded = y.float()
+    beyond = (cell(rounded) - x).sign().float()
+    return torch.where(beyond == 0, rounded, torch.nextafter(rounded, rounded - beyond))
+
+
 @dataclass(frozen=True)
 class Discrete:
     """The stored integers themselves, as int64: for models with a probability of every level. No Jacobian."""
@@ -74,17 +82,20 @@ class Dequantized:
 
     def encode(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         levels = _levels(self.data, "Dequantized")
-        u = noise.uniform(key, "dequantize", self.data.shape)
-        # (x + u) may round up to x + 1 in float32 when levels is large: stay inside the cell
-        inside = (x.float() + u).minimum(torch.nextafter(x.float() + 1, x.float()))
         log_det = self.data.dims * math.log(2.0 / levels)
-        return inside * (2.0 / levels) - 1.0, torch.full((len(x),), log_det, device=x.device)
+        y = self._noisy(x, key) * (2.0 / levels) - 1.0
+        return _inside(y, x, self._cell), torch.full((len(x),), log_det, device=x.device)
+
+    def _noisy(self, x: Tensor, key: Tensor) -> Tensor:
+        """x + u as float64."""
+        return x.double() + noise.uniform(key, "dequantize", self.data.shape)
 
     def decode(self, y: Tensor) -> Tensor:
         levels = _levels(self.data, "Dequantized")
-        # half an ulp of slack: (2 c / levels - 1 + 1) levels / 2 may fall just below the cell edge c
-        cell = ((y.double() + 1.0) * (levels / 2.0) + levels * 2.0**-25).floor()
-        return cell.clamp(0, levels - 1).to(_stored_type(levels))
+        return self._cell(y).clamp(0, levels - 1).to(_stored_type(levels))
+
+    def _cell(self, y: Tensor) -> Tensor:
+        return ((y.double() + 1.0) * (_levels(self.data, "Dequantized") / 2.0)).floor()
 
 
 @dataclass(frozen=True)
@@ -101,16 +112,19 @@ class Logit:
             raise ValueError(f"alpha: {self.alpha!r} is not between 0 and 0.5")
 
     def encode(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_det = Dequantized(self.data).encode(x, key)
-        p = self.alpha + (1 - 2 * self.alpha) * (y + 1) / 2
+        levels = _levels(self.data, "Logit")
+        p = self.alpha + (1 - 2 * self.alpha) * Dequantized(self.data)._noisy(x, key) / levels
         # dy/dx = (1 - 2 alpha) / levels / (p (1 - p)), of the squeezed p, not of x
-        slope = math.log((1 - 2 * self.alpha) / 2) - p.log() - (-p).log1p()
-        return p.logit(), log_det + slope.flatten(1).sum(1)
+        slope = math.log((1 - 2 * self.alpha) / levels) - p.log() - (-p).log1p()
+        return _inside(p.logit(), x, self._cell), slope.flatten(1).sum(1).float()
 
     def decode(self, y: Tensor) -> Tensor:
-        p = (y.double().sigmoid() - self.alpha) / (1 - 2 * self.alpha)
         levels = _levels(self.data, "Logit")
-        return (p * levels + levels * 2.0**-22).floor().clamp(0, levels - 1).to(_stored_type(levels))
+        return self._cell(y).clamp(0, levels - 1).to(_stored_type(levels))
+
+    def _cell(self, y: Tensor) -> Tensor:
+        p = (y.double().sigmoid() - self.alpha) / (1 - 2 * self.alpha)
+        return (p * _levels(self.data, "Logit")).floor()
 
 
 @dataclass(frozen=True)

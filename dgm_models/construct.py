@@ -130,7 +130,7 @@ def plain(value: Any) -> Any:
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    source = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    source = target.__init__ if inspect.isclass(target) else target
     return get_type_hints(source, include_extras=True)
 
 
@@ -237,6 +237,6 @@ def _choose(value: Any, hint: Any, path: str) -> Any:
     if not isinstance(value, Mapping) or "name" not in value:
         raise ConfigError(f"{path}: expected a section with a name, found {value!r}{did_you_mean('', choices)}")
     name = value["name"]
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         raise ConfigError(f"{path}.name: {name!r} is not known{did_you_mean(name, choices)}")
     return construct(choices[name], {key: item for key, item in value.items() if key != "name"}, path)

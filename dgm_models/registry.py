@@ -68,7 +68,7 @@ METHODS: dict[str, Row] = {row.name: row for row in ROWS}
 def row(name: str) -> Row:
     """The row of a method or tool, or ConfigError with the nearest name."""
     known = METHODS | {tool.name: tool for tool in TOOLS}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ConfigError(f"method.name: {name!r} is not registered{did_you_mean(str(name), METHODS)}")
     return known[name]
 

@@ -94,10 +94,14 @@ def _metrics(path: Path, told: Any) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path}: a list of rows was expected; `dvc repro` makes it")
     found: dict[str, dict[str, Any]] = {}
     for row in told:
-        name = row.get("metric") if isinstance(row, dict) else None
-        wrong = [key for key, kind in _FIELDS.items() if key not in row or not isinstance(row[key], kind)] if name else []
-        if not isinstance(name, str) or wrong or not math.isfinite(row["value"]):
-            raise ValueError(f"{path}: row {name!r}: {', '.join(wrong) or 'metric or value'} is missing or is no value")
+        if not isinstance(row, dict) or not isinstance(row.get("metric"), str):
+            raise ValueError(f"{path}: {row!r} is no row of an evaluation; `dvc repro` makes it")
+        name = row["metric"]
+        wrong = [key for key, kind in _FIELDS.items() if key not in row or not isinstance(row[key], kind)]
+        if wrong or not math.isfinite(row["value"]):
+            raise ValueError(
+                f"{path}: {name}: {', '.join(wrong) or 'value'} is missing or is no value; `dvc repro` makes it"
+            )
         if name in found:
             raise ValueError(f"{path}: two rows of {name!r}")
         entry = {key: value for key, value in row.items() if key not in ("metric", "run")}

@@ -633,10 +633,9 @@ def _download(mlflow: MlflowClient, version: ModelVersion, path: str, into: Path
     from mlflow.exceptions import MlflowException
 
     into.mkdir(parents=True, exist_ok=True)
-    source = mlflow.get_model_version_download_uri(version.name, str(version.version))
     try:
         found = download_artifacts(
-            artifact_uri=f"{source}/{path}", dst_path=str(into), tracking_uri=mlflow.tracking_uri
+            artifact_uri=f"{version.source}/{path}", dst_path=str(into), tracking_uri=mlflow.tracking_uri
         )
     except (MlflowException, OSError) as error:
         raise ValueError(f"{version.name} version {version.version}: {path} cannot be read ({error})") from error

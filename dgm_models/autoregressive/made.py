@@ -71,14 +71,14 @@ class Made(Model):
             raise ValueError("cond: this model was built without a condition")
         chosen = torch.randint(self.num_masks, (n,), generator=rng, device=rng.device)
         x = torch.zeros(n, self.data.dims, dtype=torch.int64, device=rng.device)
-        for mask in chosen.unique().tolist():
+        for mask in sorted(set(chosen.tolist())):
             rows = chosen == mask
             part = x[rows]
             for d in self.network.order[mask].argsort().tolist():
                 probabilities = self.logits(part, mask)[:, d].float().softmax(1)
                 part[:, d] = torch.multinomial(probabilities, 1, generator=rng)[:, 0]
             x[rows] = part
-        return x.unflatten(1, self.data.shape)
+        return x.reshape(n, *self.data.shape)
 
 
 class Nll(Objective):

@@ -21,7 +21,8 @@ def slope(critic: nn.Module, x: Tensor) -> Tensor:
     """
     x = x.detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-    return gradient.flatten(1).norm(2, dim=1)
+    norm: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+    return norm
 
 
 class WganGp(Objective):

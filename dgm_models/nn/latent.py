@@ -40,7 +40,7 @@ class LatentVariable(Model):
     def outputs(self, z: Tensor) -> Tensor:
         """The likelihood's params [B, num_params, *event]."""
         flat: Tensor = self.decoder(z)
-        return flat.unflatten(1, (self.likelihood.num_params, self.data.shape[0]))
+        return flat.reshape(len(z), self.likelihood.num_params, *self.data.shape)
 
     def terms(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction log p(x|z) and KL(q(z|x) || p(z)), each [B] nats, at z = mean + std * eps."""

@@ -80,4 +80,4 @@ class MaskedMlp(nn.Module):
         logits: Tensor = self.last(h, before, final)
         if self.direct is not None:
             logits = logits + self.direct(x, first, final)
-        return logits.unflatten(1, (self.dims, self.outputs))
+        return logits.reshape(len(x), self.dims, self.outputs)

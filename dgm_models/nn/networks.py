@@ -14,9 +14,10 @@ Activation = Literal["relu", "leaky_relu", "silu", "gelu", "tanh"]
 
 
 def activation(name: Activation) -> nn.Module:
-    table = {"relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.2), "silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh}
-    module: nn.Module = table[name]()
-    return module
+    if name == "leaky_relu":
+        return nn.LeakyReLU(0.2)
+    table: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh}
+    return table[name]()
 
 
 class Network(Choice):

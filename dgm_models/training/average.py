@@ -36,5 +36,5 @@ class Average(nn.Module):
         decay = self.decay(int(self.updates)) if callable(self.decay) else self.decay
         for mine, theirs in zip(self.module.parameters(), module.parameters(), strict=True):
             mine.lerp_(theirs.to(mine.dtype), 1.0 - decay)
-        for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
-            mine.copy_(theirs)
+        for kept, given in zip(self.module.buffers(), module.buffers(), strict=True):
+            kept.copy_(given)

@@ -50,8 +50,9 @@ def write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: 
         seal(temporary)
         replace(temporary, folder)
     except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{folder}: could not be written ({error}); what was there before is untouched") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def seal(folder: Path) -> None:
@@ -83,7 +84,7 @@ def _flush(path: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Raises Damaged naming the first file that is missing, short, changed or not in the manifest."""
+    """Raises Damaged naming the first file of the manifest that is missing, short or changed."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]

@@ -251,8 +251,9 @@ class Trainer:
             raise RuntimeError(f"the ranks disagree which parameters of {player!r} have gradients: {found}")
 
     def _record(self, name: str, total: Tensor, count: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0) + total
-        self._counts[name] = self._counts.get(name, 0) + count
+        zero = torch.zeros((), device=self.runtime.device)
+        self._sums[name] = self._sums.get(name, zero) + total
+        self._counts[name] = self._counts.get(name, zero) + count
 
     def metrics(self) -> Metrics:
         """Means since the last call: nats per example for losses; identical on every rank."""
@@ -282,8 +283,8 @@ class Trainer:
                     with self.runtime.autocast():
                         loss = self.turns[0].loss(model, part)
                     totals += torch.stack([loss.total.float(), torch.as_tensor(self.objective.count(part)).to(totals)])
-        for buffer, value in kept:
-            buffer.copy_(value)
+        for buffer, before in kept:
+            buffer.copy_(before)
         self.runtime.sum([totals])
         model.train(was_training)
         value = float(totals[0] / totals[1])
@@ -321,8 +322,8 @@ class Trainer:
         }
         for player, optimizer in self.optimizers.items():
             tensors[f"optimizer-{player}"], state["optimizers"][player] = checkpoint.flatten_optimizer(optimizer)
-        sums = {f"sum.{name}": torch.as_tensor(value) for name, value in self._sums.items()}
-        tensors["metrics"] = sums | {f"count.{name}": torch.as_tensor(v) for name, v in self._counts.items()}
+        sums = {f"sum.{name}": value for name, value in self._sums.items()}
+        tensors["metrics"] = sums | {f"count.{name}": value for name, value in self._counts.items()}
         checkpoint.write(folder, tensors, {"state": state})
 
     def load(self, folder: Path) -> None:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import base64
 import csv
+import functools
 import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines import leaderboard, paths
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 View = dict[str, Any]
 Point = tuple[float, float]
@@ -37,7 +41,7 @@ COLUMNS = {
 
 
 def report(out: Path) -> Path:
-    """Writes index.html, leaderboard.json and leaderboard.csv into `out`.
+    """Writes index.html, leaderboard.json, leaderboard.csv (for `dvc plots`) and metrics.json (for `dvc metrics`).
 
     Returns: the page's path.
     Raises: ValueError naming the file that is missing or damaged.
@@ -47,19 +51,25 @@ def report(out: Path) -> Path:
     rows = leaderboard.rows()
     page = render(view(rows))
     files.write_json(out / "leaderboard.json", rows)
+    files.write_json(out / "metrics.json", values(rows))
     files.write_bytes(out / "leaderboard.csv", wide(rows).encode())
     files.write_bytes(out / "index.html", page.encode())
     return out / "index.html"
 
 
 def render(model: View) -> str:
+    return str(_template().render(model))
+
+
+@functools.cache
+def _template() -> Template:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    return environment.get_template("report.html").render(model)
+    return environment.get_template("report.html")
 
 
 def wide(rows: Sequence[leaderboard.Row]) -> str:
@@ -74,6 +84,16 @@ def wide(rows: Sequence[leaderboard.Row]) -> str:
         entries = [leaderboard.metric(row, base) or {} for base in bases]
         writer.writerow([row[key] for key in heads] + [entry.get(key) for entry in entries for key in fields.values()])
     return stream.getvalue()
+
+
+def values(rows: Sequence[leaderboard.Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """{dataset: {run: {metric: value}}}."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row["method"]:
+            told = {name: entry["value"] for name, entry in row["metrics"].items()}
+            found.setdefault(row["dataset"], {})[row["run"]] = told
+    return found
 
 
 # ---------------------------------------------------------------- the view-model
@@ -102,7 +122,7 @@ def _dataset(name: str, rows: list[leaderboard.Row]) -> View:
         **_table(rows),
         "extractor": _extractor(name, rows),
         "promotion": _promotion(name, rows),
-        "refused": [{"run": run, **each} for run in runs for each in _optional(paths.evaluation(run) / "refused.json", [])],
+        "refused": [refused for run in runs for refused in _refused(run)],
         "grids": [{"run": row["run"], "uri": _png(paths.evaluation(row["run"]) / "grid.png"), "fid": _fid(row)}
                   for row in rows if row["method"]],
         "curves": [{"run": run, "panels": panels(run)} for run in runs],
@@ -110,12 +130,18 @@ def _dataset(name: str, rows: list[leaderboard.Row]) -> View:
     }  # fmt: skip
 
 
+def _refused(run: str) -> list[View]:
+    path = paths.evaluation(run) / "refused.json"
+    with _of(path):
+        return [{"run": run, "metric": each["metric"], "reason": each["reason"]} for each in _optional(path, [])]
+
+
 def _table(rows: list[leaderboard.Row]) -> View:
     """Columns, rows, and the axis that the intervals of FID share."""
     bases = [base for base in COLUMNS if any(leaderboard.metric(row, base) for row in rows)]
     fids = {id(row): leaderboard.metric(row, "fid") for row in rows}
     axis = Axis([entry for entry in fids.values() if entry])
-    columns = []
+    columns: list[View] = []
     for base in bases:
         entries = [entry for row in rows if (entry := leaderboard.metric(row, base))]
         of_runs = [entry for row in rows if row["method"] and (entry := leaderboard.metric(row, base))] or entries
@@ -154,37 +180,49 @@ def _extractor(dataset: str, rows: list[leaderboard.Row]) -> View | None:
     entries = [entry for row in rows if row["method"] and (entry := leaderboard.metric(row, "fid"))]
     if not entries:
         return None
-    accuracy = _optional(paths.extractor(dataset) / "accuracy.json", None)
+    path = paths.extractor(dataset) / "accuracy.json"
+    told = _optional(path, None)
+    with _of(path):
+        accuracy = None if told is None else {"n": told["accuracy"]["n"], "text": _text(told["accuracy"])}
+    shas = {str(entry["extractor_sha256"]) for row in rows if (entry := leaderboard.metric(row, "fid"))}
     return {
         "name": " and ".join(sorted({str(entry["extractor"]) for entry in entries})),
-        "sha": " and ".join(sorted({str(entry["extractor_sha256"])[:12] for entry in entries})),
+        "sha": " and ".join(sorted(sha[:12] for sha in shas)),
+        "several": len(shas) > 1 or len({entry["n"] for entry in entries}) > 1,
         "n": " or ".join(str(n) for n in sorted({entry["n"] for entry in entries})),
         "split": " and ".join(sorted({entry["split"] for entry in entries})),
-        "dim": accuracy and accuracy.get("feature_dim"),
-        "accuracy": accuracy and {"n": accuracy["accuracy"]["n"], "text": _text(accuracy["accuracy"])},
+        "dim": (told or {}).get("feature_dim"),
+        "accuracy": accuracy,
     }
 
 
 def _promotion(dataset: str, rows: list[leaderboard.Row]) -> View:
     """The champion by the receipt, and the last verdict in its own words."""
-    receipt = leaderboard.promotion(dataset)
-    verdict = _optional(paths.promotion(dataset).with_suffix(".verdict.json"), None)
-    champion = receipt and receipt["champion"]
+    receipt = leaderboard.promotion(dataset) or {"champion": None, "history": []}
+    path = paths.promotion(dataset).with_suffix(".verdict.json")
+    verdict = _optional(path, None)
     row = next((row for row in rows if row["champion"]), None)
     fid = row and leaderboard.metric(row, "fid")
-    return {
-        "champion": champion,
-        "row": row and row["run"],
-        "fid": fid and _text(fid),
-        "history": [
+    with _of(path):
+        judged = None if verdict is None else _judged(verdict)
+    with _of(paths.promotion(dataset)):
+        history = [
             {"action": each["action"], "run": each["to"]["run"], "version": each["to"]["version"], "time": each["time"]}
-            for each in (receipt or {}).get("history", [])
-        ],
-        "verdict": verdict,
-    }
+            for each in receipt["history"]
+        ]
+        keys = ("run", "version", "run_digest")
+        champion = receipt["champion"] and {key: receipt["champion"][key] for key in keys}
+    return {"champion": champion, "row": row and row["run"], "fid": fid and _text(fid), "history": history,
+            "verdict": judged}  # fmt: skip
+
+
+def _judged(verdict: Mapping[str, Any]) -> View:
+    criteria = [{key: each[key] for key in ("name", "passed", "reason")} for each in verdict["criteria"]]
+    return {**{key: verdict[key] for key in ("passed", "champion", "challenger", "others")}, "criteria": criteria}
 
 
 def _ran(run: str, spec: Mapping[str, Any]) -> View:
+    """What was trained and how long it took; None where it is not told."""
     lineage = spec["lineage"]
     trained = _optional(paths.artifact(run) / "timing.json", {})
     return {
@@ -206,15 +244,16 @@ def _search(key: str) -> View:
     best = leaderboard.read(folder / "best.json")
     csv_file = folder / "trials.csv"
     told = list(csv.reader(csv_file.read_text(encoding="utf-8").splitlines())) if csv_file.is_file() else [[]]
+    with _of(folder / "best.json"):
+        found = _told(key, best, told)
     file = paths.root() / "comparisons" / f"{key}.json"
     compared = _optional(file, None)
     with _of(file):
-        test = compared and _comparison(compared["rows"], best["chosen"], file)
-    with _of(folder / "best.json"):
-        return _told(key, best, told, test, _png(folder / "trials.png"))
+        test = None if compared is None else _comparison(compared["rows"], found["chosen"], file)
+    return {**found, "plot": _png(folder / "trials.png"), "test": test}
 
 
-def _told(key: str, best: Any, told: list[list[str]], test: View | None, plot: str | None) -> View:
+def _told(key: str, best: Any, told: list[list[str]]) -> View:
     return {
         "key": key,
         "run": best["run"],
@@ -230,8 +269,6 @@ def _told(key: str, best: Any, told: list[list[str]], test: View | None, plot: s
         ],
         "heads": told[0],
         "trials": [[short(cell) for cell in line] for line in told[1:]],
-        "plot": plot,
-        "test": test,
     }  # fmt: skip
 
 

@@ -94,17 +94,18 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
     script = Path(__file__).with_name("two_ranks.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    started = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(folder)], env=environment, cwd=cases.ROOT,
-                         stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]  # fmt: skip
+    started = []
+    for rank in range(2):  # errors go to files: a pipe that nobody reads would fill up and block
+        with Path(folder, f"errors-{rank}").open("w") as errors:
+            command = [sys.executable, str(script), str(rank), str(folder)]
+            started.append(subprocess.Popen(command, env=environment, cwd=cases.ROOT, stderr=errors))
     try:
-        errors = [process.communicate(timeout=90)[1] for process in started]
+        codes = [process.wait(timeout=100) for process in started]
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
+            process.wait()
+    assert codes == [0, 0], "\n".join(Path(folder, f"errors-{rank}").read_text() for rank in range(2))
     return folder
 
 
