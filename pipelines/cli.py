@@ -81,9 +81,7 @@ def leaderboard(
     if as_json:
         typer.echo(json.dumps(rows, indent=1, sort_keys=True))
     else:
-        from rich.console import Console
-
-        Console().print(board.table(rows))
+        typer.echo(board.table(rows))
 
 
 @app.command(rich_help_panel=USE)

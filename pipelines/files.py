@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dgm_models.training import checkpoint
-
 
 @contextmanager
 def whole(folder: Path, seal: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends well, and is removed when it does not."""
+    from dgm_models.training import checkpoint  # here, not above: it imports torch
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
     temporary.mkdir()

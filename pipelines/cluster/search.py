@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
 from ray import tune
 from ray.tune import Callback
@@ -171,6 +172,7 @@ def search(ray: Any, plan: Plan, digest: str, cluster: Cluster, progress: Path) 
 
     Returns: one row a trial: {trial, values, fid, step, seconds, state}.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     steps, settings = plan.base.train.steps, plan.search
     rungs = plan.rung_steps()
     storage = cluster.storage if "://" in cluster.storage else str((paths.root() / cluster.storage).absolute())

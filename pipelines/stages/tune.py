@@ -97,6 +97,7 @@ def plot(rows: list[dict[str, Any]], names: list[str]) -> bytes:
     """FID on valid against every parameter, one panel each; stopped trials hollow."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(3.1 * len(names), 3.0), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -112,6 +113,8 @@ def plot(rows: list[dict[str, Any]], names: list[str]) -> bytes:
             panel.set_xscale("log")
         panel.set_yscale("log")
         panel.set_xlabel(name)
+    for panel in panels:
+        panel.xaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("FID on valid (lower is better)")
     panels[0].legend(frameon=False, fontsize=8)
     stream = io.BytesIO()
@@ -134,7 +137,7 @@ def compare_stage(key: str, out: Path, params: Params) -> dict[str, Any]:
             fake = dgm_models.sample(method, compared(dataset, params.evaluation), params.evaluation.seed)
             found, _ = evaluate(method, fake, dataset, params.evaluation)
             fid = next(row for row in found.rows if row["metric"].startswith("fid/"))
-            rows.append({"side": side, "seed": int(folder.name), **fid})
+            rows.append({**fid, "side": side, "seed": int(folder.name)})
     result = {"search": key, "chosen": best["chosen"], "rows": rows}
     files.write_json(out, result)
     return result

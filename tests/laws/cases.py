@@ -44,6 +44,7 @@ SMALL: dict[str, Any] = {
     "feature_dim": 4,
     "masks": 2,
     "random_order": True,
+    "direct": True,
 }
 
 
@@ -122,7 +123,7 @@ def trainer(
 
 
 def intercept(method: Method, after: Callable[[int, Any, Loss], Loss]) -> None:
-    """Passes every loss of the objective through `after(turn's index, model, loss)`; do it before making the trainer."""
+    """Every loss of the objective goes through `after(turn's index, model, loss)`; before the trainer is made."""
     turns = method.objective.turns()
 
     def wrapped(index: int, loss: Callable[..., Loss]) -> Callable[..., Loss]:

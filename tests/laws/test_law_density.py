@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import cases
 import pytest
 import torch
-from cases import Case, with_capability
 from torch import Tensor
 
 from dgm_models.method import Method, encoded
+from tests.laws import cases
+from tests.laws.cases import Case, with_capability
 
 ENUMERABLE = {"vector:discrete": (8,), "image:discrete": (1, 2, 2), "tokens:discrete": (3,), "codes:discrete": (2, 2)}
 
@@ -69,7 +69,9 @@ def test_density_keeps_the_order_of_its_batch(case: Case) -> None:
     x = space(method)[:32]
     whole = method.model.log_prob(x).detach()
     parts = torch.cat([method.model.log_prob(part).detach() for part in x.split(5)])
-    assert float((whole - parts).abs().max()) < 1e-4  # other block sizes of the same float32 products, of numbers near 30
+    assert (
+        float((whole - parts).abs().max()) < 1e-4
+    )  # other block sizes of the same float32 products, of numbers near 30
 
 
 def bounds(method: Method, x: Tensor, k: int, repeats: int) -> Tensor:

@@ -12,10 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import cases
 import pytest
 import torch
-from cases import CASES, Case
 from torch import Tensor, nn
 
 from dgm_models.codecs import continuous
@@ -26,6 +24,8 @@ from dgm_models.training.optim import Optim, Optims
 from dgm_models.training.runtime import Runtime
 from dgm_models.training.source import ArraySource
 from dgm_models.training.trainer import Train, Trainer
+from tests.laws import cases
+from tests.laws.cases import CASES, Case
 
 STEPS, ROWS = 2, 7  # 7 rows are 3 + 2 + 2 micro-batches and 3 + 4 over two ranks: a mean of means is no mean
 # sums of some 10 float32 terms in another order, over 2 steps: some units in the last place of numbers up to 4

@@ -6,10 +6,8 @@ import ast
 import inspect
 import re
 
-import cases
 import pytest
 import torch
-from cases import CASES, FIRST, ROOT, ROWS, SPECS, Case
 
 from dgm_models import registry
 from dgm_models.construct import ConfigError
@@ -17,6 +15,8 @@ from dgm_models.method import build
 from dgm_models.objective import Loss, Objective
 from dgm_models.protocols import KINDS, DataSpec, capabilities
 from dgm_models.training.trainer import Train
+from tests.laws import cases
+from tests.laws.cases import CASES, FIRST, ROOT, ROWS, SPECS, Case
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -110,7 +110,9 @@ def test_row_refuses_the_data_that_it_does_not_list(name: str) -> None:
                 continue
             shape = (1, 4, 4) if kind == "image" else (4,)
             spec = DataSpec(kind, shape, 5 if sort == "discrete" else None, classes=3)
-            with pytest.raises(ConfigError, match=rf"runs\.x\.method\.name: {name} models .*this data is {kind}:{sort}"):
+            with pytest.raises(
+                ConfigError, match=rf"runs\.x\.method\.name: {name} models .*this data is {kind}:{sort}"
+            ):
                 build(name, spec, path="runs.x.method")
             refused += 1
     assert refused + len(ROWS[name].data) == 2 * len(KINDS)

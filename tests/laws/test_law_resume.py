@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import cases
 import pytest
-from cases import FIRST, Case
 from torch import nn
 
 from dgm_models.method import Method
 from dgm_models.objective import Loss
 from dgm_models.training.trainer import Train, Trainer
+from tests.laws import cases
+from tests.laws.cases import FIRST, Case
 
 STEPS, SAVED, KILLED = 8, 5, 6  # the checkpoint after step 5 is older than the kill, inside step index 6
 VALIDATION = -1  # the place of the validation among the turns

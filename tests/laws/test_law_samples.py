@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import cases
 import pytest
 import torch
-from cases import CASES, Case, with_capability
 
 from dgm_models.method import fit, load, save
 from dgm_models.sampling import BLOCK, sample
+from tests.laws import cases
+from tests.laws.cases import CASES, Case, with_capability
 
 
 def trained(case: Case):
@@ -44,7 +44,7 @@ def test_samples_have_the_stored_type_shape_and_range(case: Case) -> None:
     if case.spec.levels is None:
         assert bool(x.isfinite().all())
     else:
-        assert 0 <= int(x.min()) and int(x.max()) < case.spec.levels
+        assert int(x.min()) >= 0 and int(x.max()) < case.spec.levels
         assert len(x.unique()) > 1
 
 

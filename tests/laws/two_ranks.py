@@ -8,21 +8,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-CLAIMS = ("together", "ragged", "count", "rows")
-
 
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    import cases
-    import test_law_equality as law
-
     from dgm_models.training.runtime import Runtime
+    from tests.laws import cases
+    from tests.laws import test_law_equality as law
 
     runtime = Runtime.of_process_group(torch.device("cpu"))
     for case in cases.CASES:
         trainer = law.run(case, runtime=runtime)
-        torch.save(cases.state_of(trainer) | {"metrics": law.reported(trainer)}, Path(folder, f"{law.slug(case)}-{rank}"))
+        reached = cases.state_of(trainer) | {"metrics": law.reported(trainer)}
+        torch.save(reached, Path(folder, f"{law.slug(case)}-{rank}"))
     facts = {
         "gathered": runtime.gather(torch.arange(3.0)[: 3 * rank] + 10 * rank),  # rank 0 has no row
         "disagree": law.disagreement(runtime, own=(0, 1)),
@@ -35,5 +33,5 @@ def work(rank: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     work(int(sys.argv[1]), sys.argv[2])
