@@ -140,7 +140,8 @@ def read_optims(section: Mapping[str, Any], path: str) -> Optims:
     common = {key: value for key, value in section.items() if not isinstance(value, Mapping)}
     players = {key: value for key, value in section.items() if isinstance(value, Mapping)}
     default = construct(Optim, common, path)
-    return Optims(default, {name: construct(Optim, {**common, **own}, f"{path}.{name}") for name, own in players.items()})
+    own = {name: construct(Optim, {**common, **mine}, f"{path}.{name}") for name, mine in players.items()}
+    return Optims(default, own)
 
 
 def save(method: Method, folder: str | Path, *, lineage: Mapping[str, Any] | None = None) -> Path:

@@ -272,7 +272,7 @@ def promote(
 
 @app.command(rich_help_panel=STAGES)
 def report() -> None:
-    """Write report/index.html: the leaderboard with intervals, samples, curves, searches, and why the champion serves."""
+    """Write report/index.html: leaderboard, intervals, samples, curves, searches, and why the champion serves."""
     from pipelines import paths
     from pipelines.stages.report import report as run
 

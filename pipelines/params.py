@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dgm_models.construct import (
     ConfigError,
@@ -366,5 +366,3 @@ def build_method(run: Run, data: DataSpec) -> Method:
     from dgm_models.method import build
 
     return build(run.method, data, seed=run.seed, path=f"runs.{run.key}.method", **run.arguments)
-
-

@@ -31,15 +31,16 @@ def grid(x: Tensor, data: DataSpec) -> bytes:
 def _images(x: Tensor, data: DataSpec) -> bytes:
     from PIL import Image
 
-    top = (data.levels or 256) - 1
-    pixels = (x.double().numpy() * (255.0 / top)).round().clip(0, 255).astype(np.uint8)
+    highest = (data.levels or 256) - 1
+    pixels = (x.double().numpy() * (255.0 / highest)).round().clip(0, 255).astype(np.uint8)
     channels, height, width = pixels.shape[1:]
     side = math.ceil(math.sqrt(len(pixels)))
     canvas = np.full((side * (height + 1) + 1, side * (width + 1) + 1, 3), 128, np.uint8)
     for i, picture in enumerate(pixels):
-        row, column = divmod(i, side)
-        where = np.s_[row * (height + 1) + 1 : (row + 1) * (height + 1), column * (width + 1) + 1 : (column + 1) * (width + 1)]
-        canvas[where] = picture.transpose(1, 2, 0) if channels == 3 else picture[:1].transpose(1, 2, 0)
+        top, left = (i // side) * (height + 1) + 1, (i % side) * (width + 1) + 1
+        canvas[top : top + height, left : left + width] = (
+            picture.transpose(1, 2, 0) if channels == 3 else picture[:1].transpose(1, 2, 0)
+        )
     image = Image.fromarray(canvas)
     zoom = max(1, math.ceil(SIDE / canvas.shape[1]))
     image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)

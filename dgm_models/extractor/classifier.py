@@ -17,11 +17,17 @@ from dgm_models.protocols import Batch, DataSpec, Model
 
 
 class Classifier(Model):
-    """network: data -> `feature_dim` features -> class logits."""
+    """network: data -> `feature_dim` features -> class logits.
+
+    The features have mean 0 and variance 1 over the training data, so that distances have a scale that does not
+    depend on the network's.
+    """
 
     def __init__(self, data: DataSpec, network: Network, feature_dim: int) -> None:
         super().__init__(data, discrete(data))
-        self.trunk = nn.Sequential(network.down(data.shape, feature_dim), nn.SiLU())
+        self.trunk = nn.Sequential(
+            network.down(data.shape, feature_dim), nn.SiLU(), nn.BatchNorm1d(feature_dim, affine=False)
+        )
         self.head = nn.Linear(feature_dim, data.classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,6 +44,8 @@ class Classifier(Model):
 
 class CrossEntropy(Objective):
     """-log p(label | x)."""
+
+    additive = False  # batch statistics couple the examples
 
     def turns(self) -> Sequence[Turn]:
         return (Turn("model", self.loss),)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,7 +66,7 @@ class MaskedMlp(nn.Module):
         self.register_buffer("order", torch.stack(orders))  # [masks, D]: the place of each dimension
         self.register_buffer("hidden", degrees)
         sizes = [dims * inputs] + [width] * depth
-        self.layers = nn.ModuleList(MaskedLinear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(MaskedLinear(a, b) for a, b in pairwise(sizes))
         self.last = MaskedLinear(width, dims * outputs, strict=True)
         self.direct = MaskedLinear(dims * inputs, dims * outputs, strict=True, bias=False) if direct else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -75,7 +76,7 @@ class Conv(Network):
         for stage in range(self.stages):
             if height % 2 or width % 2:
                 raise ValueError(
-                    f"network.stages: {self.stages} halvings do not divide {shape[1]} x {shape[2]}; use {stage} or fewer"
+                    f"network.stages: {self.stages} halvings do not divide {shape[1]} x {shape[2]}; use at most {stage}"
                 )
             height, width = height // 2, width // 2
             sizes.append((self.channels * 2**stage, height, width))
@@ -84,14 +85,14 @@ class Conv(Network):
     def down(self, shape: tuple[int, ...], out_dim: int) -> nn.Module:
         sizes = self._sizes(shape)
         layers: list[nn.Module] = []
-        for (before, *_), (after, *_) in zip(sizes, sizes[1:], strict=False):
+        for (before, *_), (after, *_) in pairwise(sizes):
             layers += [nn.Conv2d(before, after, 4, 2, 1), activation(self.activation)]
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(_size(sizes[-1]), out_dim))
 
     def up(self, in_dim: int, shape: tuple[int, ...]) -> nn.Module:
         sizes = self._sizes(shape)[::-1]
         layers: list[nn.Module] = [nn.Linear(in_dim, _size(sizes[0])), nn.Unflatten(1, sizes[0])]
-        for (before, *_), (after, *_) in zip(sizes, sizes[1:], strict=False):
+        for (before, *_), (after, *_) in pairwise(sizes):
             layers += [activation(self.activation), nn.ConvTranspose2d(before, after, 4, 2, 1)]
         return nn.Sequential(*layers)
 

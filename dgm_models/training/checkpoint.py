@@ -43,7 +43,7 @@ def write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: 
         temporary.mkdir()
         for name, group in tensors.items():
             # a tensor may be a view of another's memory: every one gets its own
-            own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in group.items()}
+            own = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in group.items()}
             save_file(own, temporary / f"{name}.safetensors")
         for name, document in documents.items():
             (temporary / f"{name}.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")

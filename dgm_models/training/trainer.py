@@ -195,7 +195,7 @@ class Trainer:
             self.average.module.load_state_dict(self.model.state_dict())
 
     def _update(self, index: int, turn: Turn, batch: Batch, update: int) -> None:
-        """One optimizer update of one player: gradients are sums over all ranks' micro-batches over the global count."""
+        """One optimizer update of one player: the gradients' sum over micro-batches and ranks over the global count."""
         optimizer, settings = self.optimizers[turn.player], self.optim.of(turn.player)
         where = (self.seed, self.step_number, index, update)
         batch = batch.fold("update", self.step_number, index, update)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
-from pipelines import files, paths
+from pipelines import files
 from pipelines.cluster.store import RunStore
 from pipelines.cluster.worker import Job, publish_artifact, trainer_of
 from pipelines.params import Cluster, Run, Search, with_values
@@ -41,6 +42,7 @@ class Plan:
         data: folder of the prepared dataset.
         storage: the run store.
         data_digest: of the dataset.
+        git: commit and dirty flag, for the lineage.
         seed: of evaluation.
         max_samples: of evaluation.
     """
@@ -52,6 +54,7 @@ class Plan:
     data: str
     storage: str
     data_digest: str
+    git: Mapping[str, Any]
     seed: int
     max_samples: int
 
@@ -59,12 +62,9 @@ class Plan:
         return with_values(self.base, values, self.base.key, self.datasets, seed)
 
     def job(self, run: Run) -> Job:
-        from pipelines.stages.train import run_digest
+        from pipelines.stages import train
 
-        digest = run_digest(run, self.data_digest)
-        lineage = {"run": run.key, "run_digest": digest, "dataset": run.dataset, "data_digest": self.data_digest,
-                   "seed": run.seed}  # fmt: skip
-        return Job(run, self.data, self.storage, digest, lineage)
+        return train.job(run, Path(self.data), self.data_digest, self.storage, self.git)
 
     def rung_steps(self) -> list[int]:
         """The steps at which a trial reports: evenly from the grace period to the end."""
@@ -118,8 +118,10 @@ def train_here(plan: Plan, run: Run, rung: Callable[[int, float], None] | None =
                 weights = trainer.final()
                 rung(step, valid_fid(plan, replace_model(method, weights)))
 
+        started = time.perf_counter()
         trainer.run(report)
-        publish_artifact(job, method, trainer, store, {"world": 1})
+        facts = {"world": 1, "seconds": round(time.perf_counter() - started, 3)}
+        publish_artifact(job, method, trainer, store, facts)
     with store.fetched("artifact") as folder:
         method = dgm_models.load(folder)
     value = valid_fid(plan, method)
@@ -175,12 +177,11 @@ def search(ray: Any, plan: Plan, digest: str, cluster: Cluster, progress: Path) 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     steps, settings = plan.base.train.steps, plan.search
     rungs = plan.rung_steps()
-    storage = cluster.storage if "://" in cluster.storage else str((paths.root() / cluster.storage).absolute())
     name = f"search-{digest}"
     trainable = tune.with_resources(partial(trial, plan), {"cpu": cluster.cpus, "gpu": int(cluster.gpu)})
-    if tune.Tuner.can_restore(f"{storage}/{name}"):
+    if tune.Tuner.can_restore(f"{plan.storage}/{name}"):
         tuner = tune.Tuner.restore(
-            f"{storage}/{name}", trainable=trainable, resume_errored=True, resume_unfinished=True
+            f"{plan.storage}/{name}", trainable=trainable, resume_errored=True, resume_unfinished=True
         )
     else:
         own = as_written(plan)
@@ -198,7 +199,7 @@ def search(ray: Any, plan: Plan, digest: str, cluster: Cluster, progress: Path) 
                 ),
             ),
             run_config=tune.RunConfig(
-                name=name, storage_path=storage, verbose=0, callbacks=[TrialProgress(progress)]
+                name=name, storage_path=plan.storage, verbose=0, callbacks=[TrialProgress(progress)]
             ),
         )  # fmt: skip
     results = tuner.fit()

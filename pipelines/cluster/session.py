@@ -41,7 +41,8 @@ def session(cluster: Cluster) -> Iterator[Any]:
     if not address:
         os.environ["PYTHONPATH"] = environment["PYTHONPATH"]
         options |= {"include_dashboard": False, "object_store_memory": 256 * 2**20, "num_cpus": os.cpu_count()}
-    ray.init(address=address or "local", log_to_driver=bool(os.environ.get("DGM_VERBOSE")), logging_level=logging.ERROR, **options)
+    verbose = bool(os.environ.get("DGM_VERBOSE"))
+    ray.init(address=address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **options)
     try:
         yield ray
     finally:
@@ -52,9 +53,7 @@ def scaling(cluster: Cluster) -> Any:
     import ray.train
 
     resources = {"CPU": cluster.cpus} | ({"GPU": 1} if cluster.gpu else {})
-    return ray.train.ScalingConfig(
-        num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker=resources
-    )
+    return ray.train.ScalingConfig(num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker=resources)
 
 
 def fit(job: Job, cluster: Cluster, callbacks: list[Any]) -> None:
@@ -92,7 +91,8 @@ def _deadline(hours: float, key: str) -> Iterator[None]:
     import threading
 
     def end() -> None:
-        print(f"runs.{key}: no end after cluster.hours = {hours:g}; stopped. The same command resumes it", file=sys.stderr)
+        words = f"runs.{key}: no end after cluster.hours = {hours:g}; stopped. The same command resumes it"
+        print(words, file=sys.stderr)
         os._exit(1)
 
     timer = threading.Timer(hours * 3600, end)

@@ -102,7 +102,8 @@ def publish_artifact(job: Job, method: Any, trainer: Any, store: RunStore, facts
 
     method.model.load_state_dict(trainer.final().state_dict())
     with tempfile.TemporaryDirectory(prefix="dgm-") as folder:
-        artifact = library.save(method, Path(folder, "artifact"), lineage={**job.lineage, **facts, "steps": trainer.step_number})
+        lineage = {**job.lineage, **facts, "steps": trainer.step_number}
+        artifact = library.save(method, Path(folder, "artifact"), lineage=lineage)
         lines = (json.dumps({"step": step, "metrics": metrics}, sort_keys=True) for step, metrics in trainer.history)
         (artifact / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
         checkpoint.seal(artifact)

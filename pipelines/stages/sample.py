@@ -25,7 +25,7 @@ def locate(target: str, into: Path) -> Path:
         if (folder / "spec.json").is_file():
             return folder
     raise ValueError(
-        f"{target!r} is neither a trained run (artifacts/{target}), nor an artifact's folder, nor models:/<name>@<alias>"
+        f"{target!r} is no trained run (artifacts/{target}), no artifact's folder and no models:/<name>@<alias>"
     )
 
 

@@ -8,12 +8,11 @@ import os
 import shutil
 import subprocess
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines import paths
+from pipelines import files, paths
 from pipelines.cluster.store import RunStore
 from pipelines.cluster.worker import Job
 from pipelines.params import Params, Run, canonical_digest, identity, with_values
@@ -56,27 +55,34 @@ def git_state() -> dict[str, Any]:
 
 def job_of(run: Run, params: Params) -> Job:
     """The training of a run, with its identity and lineage; the dataset must be prepared."""
-    import torch
-
     from pipelines.data import shards
 
     folder = paths.data(run.dataset)
-    manifest = shards.read_manifest(folder)
-    digest = run_digest(run, manifest.digest)
+    return job(run, folder, shards.read_manifest(folder).digest, storage_of(params), git_state())
+
+
+def storage_of(params: Params) -> str:
+    """The run store as an absolute folder or a URI."""
+    storage = params.cluster.storage
+    return storage if "://" in storage else str((paths.root() / storage).absolute())
+
+
+def job(run: Run, folder: Path, data_digest: str, storage: str, git: Mapping[str, Any]) -> Job:
+    """A training on known data: its digest, and the lineage that its artifact will carry."""
+    import torch
+
+    digest = run_digest(run, data_digest)
     lineage = {
         "run": run.key,
         "run_digest": digest,
         "dataset": run.dataset,
-        "data_digest": manifest.digest,
+        "data_digest": data_digest,
         "seed": run.seed,
         "train": dict(identity(run)["train"]),
         "torch": torch.__version__,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **git_state(),
+        **git,
     }
-    storage = params.cluster.storage
-    if "://" not in storage:
-        storage = str((paths.root() / storage).absolute())
     return Job(run, str(folder.absolute()), storage, digest, lineage)
 
 
@@ -116,12 +122,12 @@ def train(run: Run, out: Path, params: Params) -> Mapping[str, Any]:
 
             session.fit(job, params.cluster, [Watch(curves, progress)])
         curves.finish("FINISHED")
-    with store.fetched("artifact") as folder:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
-        shutil.copytree(folder, temporary)
-        checkpoint.replace(temporary, out)
-    found: Mapping[str, Any] = checkpoint.read_document(out, "spec")["lineage"]
+    with store.fetched("artifact") as folder, files.whole(out, seal=True) as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        spec = checkpoint.read_document(copy, "spec")
+        spec["lineage"]["run"] = run.key  # the same training may have been a search's trial
+        files.write_json(copy / "spec.json", spec)
+    found: Mapping[str, Any] = spec["lineage"]
     return found
 
 
@@ -131,6 +137,4 @@ def curves_of(job: Job, params: Params) -> Any:
 
     tags = {name: str(job.lineage[name]) for name in ("git_commit", "git_dirty", "data_digest", "seed")}
     uri = os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri
-    return Curves(
-        job.run.key, job.digest, job.run.dataset, identity(job.run), tags, paths.scratch() / "spool", uri=uri
-    )
+    return Curves(job.run.key, job.digest, job.run.dataset, identity(job.run), tags, paths.scratch() / "spool", uri=uri)

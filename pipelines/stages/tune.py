@@ -22,15 +22,14 @@ AS_WRITTEN = "as written"
 def plan_of(key: str, params: Params) -> Any:
     from pipelines.cluster.search import Plan
     from pipelines.data import shards
+    from pipelines.stages.train import git_state, storage_of
 
     search = params.searches[key]
     base = params.run(search.run)
     data = paths.data(base.dataset)
-    storage = params.cluster.storage
     return Plan(
-        search, base, tuple(params.datasets), str(paths.root()), str(data.absolute()),
-        storage if "://" in storage else str((paths.root() / storage).absolute()),
-        shards.read_manifest(data).digest, params.evaluation.seed, params.evaluation.max_samples,
+        search, base, tuple(params.datasets), str(paths.root()), str(data.absolute()), storage_of(params),
+        shards.read_manifest(data).digest, git_state(), params.evaluation.seed, params.evaluation.max_samples,
     )  # fmt: skip
 
 
@@ -52,7 +51,8 @@ def tune_stage(key: str, out: Path, params: Params) -> dict[str, Any]:
         if not finished:
             errors = {row["error"] for row in rows if row["error"]}
             raise ValueError(f"searches.{key}: no trial finished; {'; '.join(errors) or 'all were stopped early'}")
-        candidates = {AS_WRITTEN: {}} | {f"trial {row['trial']}": row["values"] for row in finished[: settings.finalists]}
+        first = finished[: settings.finalists]
+        candidates = {AS_WRITTEN: {}} | {f"trial {row['trial']}": row["values"] for row in first}
         results = driver.finals(ray, plan, candidates)
     means = {name: sum(fid for fid, _ in seeds.values()) / len(seeds) for name, seeds in results.items()}
     chosen = min(means, key=lambda name: means[name])

@@ -86,7 +86,7 @@ def test_killed_worker_ends_with_the_same_weights(tmp_path: Path, undisturbed: t
     _wait(lambda: list(steps.glob("step-*/manifest.json")), process)
     (worker,) = _workers(process)
     os.kill(worker.pid, signal.SIGKILL)
-    out, err = process.communicate(timeout=180)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     lineage = _same_result(folder, "vae", store, digest)
     assert lineage["resumed_at"] > 0, "the run was not resumed: the fault did not fire"  # type: ignore[operator]

@@ -94,7 +94,7 @@ def test_bound_rises_with_the_number_of_draws(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [case for case in BOUNDS if case.sort in ENUMERABLE], ids=str)
 def test_bound_is_of_a_distribution_that_sums_to_one(case: Case) -> None:
-    """exp(bound) is an unbiased estimate of p(x) for every k, and by Jensen's inequality exp(E[bound]) is below p(x)."""
+    """For every k exp(bound) is an unbiased estimate of p(x), and by Jensen's inequality exp(E[bound]) is below it."""
     method = sharp(case, 1.0)
     x = space(method)
     for k, repeats in ((1, 64), (50, 8)):

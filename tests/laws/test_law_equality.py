@@ -100,7 +100,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
             command = [sys.executable, str(script), str(rank), str(folder)]
             started.append(subprocess.Popen(command, env=environment, cwd=cases.ROOT, stderr=errors))
     try:
-        codes = [process.wait(timeout=100) for process in started]
+        codes = [process.wait(timeout=240) for process in started]
     finally:
         for process in started:
             process.kill()

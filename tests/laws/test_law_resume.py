@@ -1,8 +1,8 @@
 """Law of the resume: a training that was killed and loaded equals the one that was never killed, bit for bit, on CPU.
 
 The killed run stops by an exception inside a loss: at a step's first loss, between the micro-batches of an
-accumulation, in a player's second update, and in a validation. It is resumed in a fresh trainer, whose initial weights differ, and
-in the trainer that was interrupted.
+accumulation, in a player's second update, and in a validation. It is resumed in a fresh trainer, whose initial
+weights differ, and in the trainer that was interrupted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def settings(method: Method) -> Train:
 
 
 def points(case: Case) -> dict[str, tuple[int, int]]:
-    """Where to kill: name -> (turn or VALIDATION, number of its losses that are computed in the step before the kill)."""
+    """Where to kill: name -> (turn or VALIDATION, number of its losses in the step that go well before)."""
     method = cases.made(case)
     accumulate = settings(method).accumulate
     found = {"step": (0, 0), "last turn": (len(method.objective.turns()) - 1, 0)}

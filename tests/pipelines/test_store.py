@@ -32,7 +32,9 @@ def bucket() -> Iterator[str]:
 
 @pytest.fixture(params=["folder", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "store") if request.param == "folder" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+    if request.param == "folder":
+        return str(tmp_path / "store")
+    return f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
 
 
 def _write(value: float) -> object:
