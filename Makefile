@@ -14,7 +14,7 @@ repro: env
 	dvc repro
 
 test: env lint
-	pytest
+	pytest -n 2 --dist loadfile
 
 env: .venv/ready
 

@@ -49,7 +49,7 @@ def git_state() -> dict[str, Any]:
         done = subprocess.run(["git", *words], cwd=paths.root(), capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")  # `dvc repro` writes it
     return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
 
 

@@ -11,9 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dgm_models.construct import plain
 from pipelines import files, paths
 from pipelines.cluster.store import RunStore
-from pipelines.params import Params, canonical_digest, identity
+from pipelines.params import Params, canonical_digest
 from pipelines.progress import bar
 
 AS_WRITTEN = "as written"
@@ -37,12 +38,18 @@ def tune_stage(key: str, out: Path, params: Params) -> dict[str, Any]:
     """Searches, retrains the finalists, and writes what was found."""
     from pipelines.cluster import search as driver
     from pipelines.cluster import session
+    from pipelines.data import shards
+    from pipelines.stages.evaluate import extractor_of
     from pipelines.stages.train import run_digest
 
     plan = plan_of(key, params)
     settings = plan.search
     base_digest = run_digest(plan.base, plan.data_digest)
-    digest = canonical_digest({"base": identity(plan.base), "run": base_digest, "search": repr(settings)})[:24]
+    extractor = extractor_of(plan.base.dataset, shards.read_manifest(Path(plan.data)).spec().dims)
+    if extractor is None:
+        raise ValueError(f"searches.{key}: {plan.base.dataset} has no extractor to compare samples by")
+    parts = {"run": base_digest, "search": plain(settings), "evaluation": plain(params.evaluation)}
+    digest = canonical_digest(parts | {"extractor": extractor.sha256})[:24]
     progress = paths.scratch() / "progress" / f"{digest}.json"
     with session.session(params.cluster) as ray:
         with bar(f"tune {key}", settings.trials, progress):

@@ -240,7 +240,7 @@ def test_promotes_at_once_have_one_winner(uri: str, tmp_path: Path) -> None:
 
 
 _RACER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from pipelines import promotion
 me, uri, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -255,6 +255,8 @@ try:
     print(promotion.rollback("digits", by=me, uri=uri).to.run)
 except promotion.Lost:
     print("lost")
+sys.stdout.flush()
+os._exit(0)  # tearing MLflow's modules down costs a second
 """
 
 
@@ -264,13 +266,13 @@ def test_rollbacks_of_several_processes_at_once_have_one_winner(uri: str, tmp_pa
         assert promote("digits", GATE, uri=uri).passed
     started = [
         subprocess.Popen([sys.executable, "-c", _RACER, str(me), uri, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        for me in range(3)
+        for me in range(2)
     ]
     deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("ready-*"))) < 3 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     (tmp_path / "go").touch()
-    assert sorted(process.communicate(timeout=60)[0].strip() for process in started) == ["lost", "lost", "two"]
+    assert sorted(process.communicate(timeout=60)[0].strip() for process in started) == ["lost", "two"]
     assert len(history("digits", uri=uri)) == 4 and champion_run(uri) == "two"
 
 
