@@ -259,7 +259,9 @@ def promote(
     receipts = sorted((paths.root() / "receipts").glob("*.json"))
     for name in [model] if model else sorted({files.read_json(path)["model"] for path in receipts}):
         _key("datasets", name, params.datasets)
-        verdict = promotion.promote(name, params.promotion, receipt=paths.promotion(name), uri=_uri(params))
+        verdict = promotion.promote(
+            name, params.promotion, receipt=paths.promotion(name), candidates=receipts, uri=_uri(params)
+        )
         files.write_bytes(paths.promotion(name).with_suffix(".verdict.json"), verdict.to_json().encode())
         verdicts[name] = asdict(verdict)
         if not as_json:

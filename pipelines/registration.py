@@ -518,6 +518,8 @@ def card(package: Package) -> str:
 def _limits(package: Package) -> list[str]:
     rows = package.rows
     found = []
+    if package.lineage["git_commit"] is None:
+        found.append("The commit of the code is not known.")
     if package.lineage["git_dirty"]:
         found.append("The code was not exactly that of the commit: there were changes that were not committed.")
     if package.extractors:

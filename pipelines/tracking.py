@@ -163,7 +163,8 @@ def send_rows(mlflow: MlflowClient, run_id: str, rows: Iterable[Mapping[str, Any
     """Logs the values that the run does not hold yet; MLflow itself would store a step twice.
 
     Args:
-        rows: {"step": int, "time": seconds, "metrics": {name: value}}, in the order of their steps.
+        rows: {"step": int, "time": seconds, "metrics": {name: value}}, in the order of their steps; without a time
+            (an artifact's metrics.jsonl has none, so that it is the same every time) the run's start stands in.
         gaps: False: only what is past a metric's last step. True: older steps that are missing, too (reads the
             metric's whole history).
 
@@ -172,11 +173,13 @@ def send_rows(mlflow: MlflowClient, run_id: str, rows: Iterable[Mapping[str, Any
     """
     from mlflow.entities import Metric
 
-    last = {item.key: item.step for item in mlflow.get_run(run_id).data.to_proto().metrics}
+    run = mlflow.get_run(run_id)
+    last = {item.key: item.step for item in run.data.to_proto().metrics}
     known: dict[str, set[int]] = {}
     fresh: list[Metric] = []
     for row in rows:
         step = int(row["step"])
+        time_ms = int(float(row["time"]) * 1000) if "time" in row else int(run.info.start_time)
         for name, value in row["metrics"].items():
             key = _clean(name)
             if key not in known:
@@ -185,7 +188,7 @@ def send_rows(mlflow: MlflowClient, run_id: str, rows: Iterable[Mapping[str, Any
             if step in known[key] or (not gaps and key in last and step <= last[key]):
                 continue
             known[key].add(step)
-            fresh.append(Metric(key, float(value), int(float(row["time"]) * 1000), step))
+            fresh.append(Metric(key, float(value), time_ms, step))
     for start in range(0, len(fresh), _BATCH):
         mlflow.log_batch(run_id, metrics=fresh[start : start + _BATCH])
     return len(fresh)

@@ -24,7 +24,10 @@ def test_checkpoint_gives_back_what_was_written(tmp_path: Path) -> None:
     folder = written(tmp_path / "c")
     checkpoint.verify(folder)
     found = checkpoint.read_tensors(folder, "weights")
-    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in TENSORS["weights"].items())
+    assert all(
+        torch.equal(found[name], value) and found[name].dtype == value.dtype
+        for name, value in TENSORS["weights"].items()
+    )
     assert checkpoint.read_document(folder, "state") == {"step": 3}
     assert os.listdir(tmp_path) == ["c"]
 
@@ -117,7 +120,9 @@ def test_checkpoint_of_an_optimizer_goes_on_where_it_was(name: str, momentum: fl
     two.load_state_dict(one.state_dict())
     restored = settings.build(two)
     checkpoint.restore_optimizer(
-        restored, checkpoint.read_tensors(tmp_path / "c", "optimizer"), checkpoint.read_document(tmp_path / "c", "state")
+        restored,
+        checkpoint.read_tensors(tmp_path / "c", "optimizer"),
+        checkpoint.read_document(tmp_path / "c", "state"),
     )
     for x in (2.0, -1.0):
         step(one, optimizer, x)

@@ -142,7 +142,8 @@ def test_ppo_walks_every_prompt_once_an_epoch_in_a_new_order(trained_ppo: Traine
     assert len(rollouts) == 120  # one for both players
     for parts in rollouts:
         assert [len(part) for part in parts] == [32] * (EPOCHS * MINIBATCHES)
-        epochs = [sum(parts[i * MINIBATCHES : (i + 1) * MINIBATCHES], []) for i in range(EPOCHS)]
+        each = [parts[i * MINIBATCHES : (i + 1) * MINIBATCHES] for i in range(EPOCHS)]
+        epochs = [[row for part in epoch for row in part] for epoch in each]
         assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
 
 
@@ -244,7 +245,9 @@ def dpo(steps: int = 300, **train: int) -> Trainer:
     model = Preferred(data)
     source = ArraySource(preferences(), data)
     settings = Train(steps=steps, batch_size=len(source), report_every=1, **train)
-    return Trainer(model, Dpo(model.policy), source, settings, Optims(Optim(lr=0.05, schedule="linear")), 0, valid=source)
+    return Trainer(
+        model, Dpo(model.policy), source, settings, Optims(Optim(lr=0.05, schedule="linear")), 0, valid=source
+    )
 
 
 @pytest.fixture(scope="module")

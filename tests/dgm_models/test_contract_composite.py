@@ -119,7 +119,9 @@ def test_composite_prior_learns_the_codes(composite: Composite) -> None:
 
 def test_composite_samples_are_digits_and_a_standard_normal_s_are_not(composite: Composite) -> None:
     standard = composite.draw(torch.randn(300, LATENT, generator=torch.Generator().manual_seed(1)))
-    pixels = (torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(1)) < digits().float().mean(0)).to(torch.uint8)
+    pixels = (torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(1)) < digits().float().mean(0)).to(
+        torch.uint8
+    )
     found = [distance(x) for x in (from_prior(composite), standard, pixels)]
     assert found[0] < 2.0  # nearer than the data, of whose noise the decoder's mode has less
     assert found[0] < 0.6 * found[1] < found[2]  # far beyond the 3% of a mean over 300

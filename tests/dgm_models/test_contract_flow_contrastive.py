@@ -1,4 +1,4 @@
-"""Contract: a game of an energy and a flow (flow contrastive estimation) finds a Gaussian through the ordinary trainer."""
+"""Contract: a game of an energy and a flow (flow contrastive estimation) finds a Gaussian by the ordinary trainer."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def trained() -> Trainer:
     return trainer
 
 
-# 512 examples a step and a rate that falls to 0: what is left is the noise of the last tens of batches, about 1 / sqrt(10^4)
+# 512 examples a step and a rate that falls to 0: what is left is the noise of the last tens of batches, 1 / sqrt(10^4)
 TOLERANCE = 0.04
 
 

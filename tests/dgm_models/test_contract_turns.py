@@ -76,7 +76,11 @@ def turn(player: str, **fields: int | bool) -> Turn:
 
 
 def trainer(
-    objective: Objective, optims: Optims | None = None, runtime: Runtime | None = None, lr: float = 0.01, **train: object
+    objective: Objective,
+    optims: Optims | None = None,
+    runtime: Runtime | None = None,
+    lr: float = 0.01,
+    **train: object,
 ) -> Trainer:
     settings = Train(**{"steps": 1, "batch_size": 2, **train})  # type: ignore[arg-type]
     source = ArraySource(torch.ones(ROWS, 1), DATA, seed=None)  # in order: row i is position i

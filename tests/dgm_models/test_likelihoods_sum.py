@@ -12,7 +12,11 @@ from dgm_models.ops.divergences import kl_to_standard_normal
 from dgm_models.ops.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Logistic, centred, likelihood
 from dgm_models.protocols import DataSpec
 
-WHOLE = [(Bernoulli(), 2), *((Categorical(n), n) for n in (2, 17, 256)), *((Logistic(n), n) for n in (2, 17, 256, 1000))]
+WHOLE = [
+    (Bernoulli(), 2),
+    *((Categorical(n), n) for n in (2, 17, 256)),
+    *((Logistic(n), n) for n in (2, 17, 256, 1000)),
+]
 
 
 def params(part: Likelihood, spread: float, n: int = 8) -> Tensor:
@@ -57,7 +61,9 @@ def test_likelihood_samples_have_its_probabilities(part: Likelihood, levels: int
     assert drawn.dtype == torch.int64 and drawn.shape == (n, 1)
     shares = torch.bincount(drawn[:, 0], minlength=levels).double() / n
     expected = table(part, levels, p)[0].exp()
-    assert float(((shares - expected).abs() / (expected * (1 - expected) / n + 1e-6).sqrt()).max()) < 5  # five standard errors
+    assert (
+        float(((shares - expected).abs() / (expected * (1 - expected) / n + 1e-6).sqrt()).max()) < 5
+    )  # five standard errors
 
 
 @pytest.mark.parametrize(("part", "levels"), WHOLE, ids=name)
@@ -96,13 +102,16 @@ def test_kl_to_standard_normal_is_the_divergence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("levels", "kind"), [(2, Bernoulli), (3, Categorical), (32, Categorical), (33, Logistic), (256, Logistic), (None, Gaussian)]
+    ("levels", "kind"),
+    [(2, Bernoulli), (3, Categorical), (32, Categorical), (33, Logistic), (256, Logistic), (None, Gaussian)],
 )
 def test_likelihood_auto_follows_the_levels(levels: int | None, kind: type) -> None:
     assert isinstance(likelihood("auto", DataSpec("vector", (2,), levels)), kind)
 
 
-@pytest.mark.parametrize(("named", "levels"), [("gaussian", 2), ("bernoulli", 3), ("categorical", None), ("logistic", None)])
+@pytest.mark.parametrize(
+    ("named", "levels"), [("gaussian", 2), ("bernoulli", 3), ("categorical", None), ("logistic", None)]
+)
 def test_likelihood_refuses_data_that_it_cannot_describe(named: str, levels: int | None) -> None:
     with pytest.raises(ValueError, match="likelihood: "):
         likelihood(named, DataSpec("vector", (2,), levels))  # type: ignore[arg-type]

@@ -28,7 +28,9 @@ def test_normal_draws_have_the_normal_moments(dtype: torch.dtype) -> None:
     z = noise.normal(KEYS, "x", (5,), dtype).double()
     n = z.numel()
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-        assert float((z**power).mean()) == pytest.approx(moment, abs=5 * math.sqrt(variance / n))  # five standard errors
+        assert float((z**power).mean()) == pytest.approx(
+            moment, abs=5 * math.sqrt(variance / n)
+        )  # five standard errors
     correlation = torch.corrcoef(z.T) - torch.eye(5)
     assert float(correlation.abs().max()) < 5 / math.sqrt(len(KEYS))  # columns, keys and both halves of Box-Muller
 

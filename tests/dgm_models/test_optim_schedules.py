@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_optim_schedules_fall_after_the_warm_up(schedule: str, half: float) -> N
     assert factors[9] == 1.0
     assert factors[10] == 1.0
     assert factors[60] == pytest.approx(half, abs=1e-12)  # float64
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[10:]))
     assert optim.factor(110, 110) == (1.0 if schedule == "constant" else pytest.approx(0.0, abs=1e-12))
     assert optim.factor(500, 110) == optim.factor(110, 110)
 
@@ -77,7 +78,12 @@ def test_optim_settings_that_cannot_be_used_name_their_path(section: dict, messa
 
 
 def test_optim_builds_what_its_name_says() -> None:
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}
+    kinds = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "rmsprop": torch.optim.RMSprop,
+        "sgd": torch.optim.SGD,
+    }
     for name, kind in kinds.items():
         optimizer = construct(Optim, {"name": name, "lr": 0.5}, "optim").build(nn.Linear(2, 2))
         assert type(optimizer) is kind

@@ -70,5 +70,3 @@ def test_threads_setting_holds_during_the_training_alone() -> None:
         report=lambda step, metrics: seen.append(torch.get_num_threads()),
     )  # fmt: skip
     assert seen == [2] and torch.get_num_threads() == before
-
-

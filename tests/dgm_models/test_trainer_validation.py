@@ -48,7 +48,9 @@ class Distance(Objective):
         return Loss((0.5 * (model.at * dropped - x).square()).sum(), {"chain": batch.extra["moved"].sum()})
 
 
-def trainer(objective: Distance | None = None, to: float = 1.0, valid: float | Sequence[float] = 0.25, **train) -> Trainer:
+def trainer(
+    objective: Distance | None = None, to: float = 1.0, valid: float | Sequence[float] = 0.25, **train
+) -> Trainer:
     """Training pulls the weight from 0 to `to`; validation asks for `valid`."""
     settings = Train(**{"steps": 20, "batch_size": 4, "report_every": 1, "validate_every": 1} | train)
     values = torch.tensor([valid] * 6 if isinstance(valid, float) else list(valid))[:, None]

@@ -31,7 +31,7 @@ def write_run(root: Path, run: str, *, seed: int = 0, evaluation_seed: int = 0) 
         "lineage": lineage,
     }  # fmt: skip
     checkpoint.write(artifact, {"weights": {"w": torch.full((4,), float(seed))}}, {"spec": spec})
-    curves = [{"step": step, "time": float(step), "metrics": {"loss": 1 / step}} for step in range(1, 6)]
+    curves = [{"step": step, "metrics": {"loss": 1 / step}} for step in range(1, 6)]
     (artifact / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curves))
     checkpoint.seal(artifact)
     shared = {"n": 40, "split": "test", "extractor_sha256": "e" * 64, "seed": evaluation_seed, "unit": ""}
