@@ -34,6 +34,8 @@ lint: env
 
 zoo: env
 	dvc repro zoo/dvc.yaml
+	dgm promote
+	dgm report
 
 bench: env
 	python benchmarks/ray_train_overhead.py
@@ -49,4 +51,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf data extractors artifacts samples evaluations searches comparisons receipts promotions report .dgm mlflow.db mlartifacts
+	rm -rf zoo/artifacts zoo/samples zoo/evaluations zoo/receipts data extractors artifacts samples evaluations searches comparisons receipts promotions report .dgm mlflow.db mlartifacts

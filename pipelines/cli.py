@@ -140,11 +140,15 @@ def sync(as_json: Json = False) -> None:
     """Make the MLflow server agree with the receipts: a lost database, another server, a fresh clone."""
     from pipelines import paths, registration
 
-    folder = paths.root()
-    receipts = [*sorted((folder / "receipts").glob("*.json")), *sorted((folder / "promotions").glob("*.json"))]
-    receipts = [path for path in receipts if not path.name.endswith(".verdict.json")]
-    done = registration.sync(receipts, folder / "artifacts", folder / "evaluations", uri=_uri(_params()))
-    _say(done, as_json, "\n".join(done) or f"{len(receipts)} receipts: the server agrees")
+    uri, done, count = _uri(_params()), [], 0
+    promotions = [
+        path for path in paths.promotion("x").parent.glob("*.json") if not path.name.endswith(".verdict.json")
+    ]
+    for home in (paths.root() / "zoo", paths.root()):  # promotions last: they may name a version of the zoo
+        receipts = sorted((home / "receipts").glob("*.json")) + (promotions if home == paths.root() else [])
+        done += registration.sync(receipts, home / "artifacts", home / "evaluations", uri=uri)
+        count += len(receipts)
+    _say(done, as_json, "\n".join(done) or f"{count} receipts: the server agrees")
 
 
 def _uri(params: Params) -> str:
@@ -256,7 +260,7 @@ def promote(
 
     params = _params()
     verdicts = {}
-    receipts = sorted((paths.root() / "receipts").glob("*.json"))
+    receipts = paths.receipts()
     for name in [model] if model else sorted({files.read_json(path)["model"] for path in receipts}):
         _key("datasets", name, params.datasets)
         verdict = promotion.promote(

@@ -46,9 +46,7 @@ def rows(dataset: str | None = None) -> list[Row]:
     Returns: [] when nothing is evaluated.
     Raises: ValueError naming the file that is missing or damaged, or the dataset on which no run is evaluated.
     """
-    folder = paths.evaluation("any").parent
-    runs = sorted(each.name for each in folder.glob("[!.]*") if each.is_dir()) if folder.is_dir() else []
-    specs = {run: spec(run) for run in runs}
+    specs = {run: spec(run) for run in paths.runs()}
     datasets = sorted({each["lineage"]["dataset"] for each in specs.values()})
     if dataset is not None and dataset not in datasets:
         raise ValueError(f"{dataset}: no run of this dataset is evaluated; evaluated: {', '.join(datasets) or 'none'}")

@@ -215,9 +215,11 @@ def load(files: Iterable[Path] | None = None) -> Params:
 
     merged: Section = {}
     for path in paths.params_files() if files is None else files:
+        prefix = paths.ZOO if path.parent.name == "zoo" else ""
         for top, section in read_yaml(path).items():
             into = merged.setdefault(top, {})
-            for key, value in dict(section or {}).items():
+            for name, value in dict(section or {}).items():
+                key = f"{prefix}{name}" if top == "runs" else name
                 if key in into:
                     raise ConfigError(f"{path.parent.name}/{path.name}: {top}.{key} is given in two files")
                 into[key] = value

@@ -25,6 +25,27 @@ def code() -> Path:
     return Path(__file__).parents[1]
 
 
+ZOO = "zoo/"  # a run of zoo/params.yaml is called zoo/<key>; its outputs lie under zoo/, apart from the root's graph
+
+
+def _of(kind: str, run: str) -> Path:
+    return root() / "zoo" / kind / run.removeprefix(ZOO) if run.startswith(ZOO) else root() / kind / run
+
+
+def runs() -> list[str]:
+    """Every evaluated run, the zoo's too, sorted."""
+    found = []
+    for prefix, folder in (("", root() / "evaluations"), (ZOO, root() / "zoo" / "evaluations")):
+        if folder.is_dir():
+            found += [f"{prefix}{path.name}" for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    return sorted(found)
+
+
+def receipts() -> list[Path]:
+    """The receipts of all versions, the zoo's too."""
+    return sorted([*(root() / "receipts").glob("*.json"), *(root() / "zoo" / "receipts").glob("*.json")])
+
+
 def data(dataset: str) -> Path:
     return root() / "data" / dataset
 
@@ -34,19 +55,19 @@ def extractor(dataset: str) -> Path:
 
 
 def artifact(run: str) -> Path:
-    return root() / "artifacts" / run
+    return _of("artifacts", run)
 
 
 def samples(run: str) -> Path:
-    return root() / "samples" / run
+    return _of("samples", run)
 
 
 def evaluation(run: str) -> Path:
-    return root() / "evaluations" / run
+    return _of("evaluations", run)
 
 
 def receipt(run: str) -> Path:
-    return root() / "receipts" / f"{run}.json"
+    return _of("receipts", f"{run}.json")
 
 
 def search(key: str) -> Path:

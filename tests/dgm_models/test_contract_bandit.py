@@ -1,4 +1,4 @@
-"""Contract: a one-token bandit under PPO and DPO reaches pi* = pi_ref exp(r / beta) / Z through the ordinary trainer."""
+"""Contract: a one-token bandit under PPO and DPO reaches pi* = pi_ref exp(r / beta) / Z by the ordinary trainer."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Game(Model):
 class FlowContrastive(Objective):
     """V = E_data log sigmoid(log p - log q) + E_q log sigmoid(log q - log p): the energy raises it, the flow lowers it.
 
-    Source: Gao et al. 2020, eq. 9, arXiv:1912.00589.
+    Source: Gao et al. 2020, arXiv:1912.00589.
     """
 
     def turns(self) -> Sequence[Turn]:

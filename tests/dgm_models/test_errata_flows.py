@@ -19,12 +19,12 @@ def shift(x: Tensor) -> Tensor:
 
 
 def forward(x: Tensor) -> Tensor:
-    """x -> z: z1 = x1, z2 = x2 exp(s(x1)) + t(x1). RealNVP, eq. 7, read as the map f from data to latents."""
+    """x -> z: z1 = x1, z2 = x2 exp(s(x1)) + t(x1). RealNVP, section 3.3, read as the map f from data to latents."""
     return torch.stack([x[..., 0], x[..., 1] * scale(x[..., 0]).exp() + shift(x[..., 0])], -1)
 
 
 def inverse(z: Tensor) -> Tensor:
-    """z -> x: x1 = z1, x2 = (z2 - t(z1)) exp(-s(z1)). RealNVP, eq. 8."""
+    """z -> x: x1 = z1, x2 = (z2 - t(z1)) exp(-s(z1)). RealNVP, section 3.3."""
     return torch.stack([z[..., 0], (z[..., 1] - shift(z[..., 0])) * (-scale(z[..., 0])).exp()], -1)
 
 
