@@ -2,7 +2,7 @@
 
 Schema of a row, in `dgm leaderboard --json` and in report/leaderboard.json:
 
-    run: str                    the run's key; "floor" (training data) and "ceiling" (noise) where method is null
+    run: str                    the run's key; "floor" (held-out data) and "ceiling" (noise) where method is null
     method: str | null          "family/method"
     family: str | null
     dataset: str

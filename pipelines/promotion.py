@@ -67,6 +67,7 @@ class Gate:
         ceiling_fraction: a first champion's interval must lie below this fraction of the ceiling's value.
         ceiling: the row of the worst that is plausible (noise, or the data's mean); by default `<metric>/ceiling`.
         split: of the rows.
+        copiers: a model whose `copies` row is flagged, a copier of training rows, may win.
     """
 
     metric: str = "fid/{model}"
@@ -74,6 +75,7 @@ class Gate:
     ceiling_fraction: float = 0.5
     ceiling: str = ""
     split: str = "test"
+    copiers: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.ceiling_fraction <= 1:
@@ -174,6 +176,8 @@ def decide(champion: Evaluation | None, challenger: Evaluation, gate: Gate, diff
         criteria = [_better(champion, challenger, gate, difference)]
         if gate.coverage:
             criteria.append(_not_worse(champion, challenger, gate.coverage, gate.split))
+    if not gate.copiers and (row := challenger.row("copies", gate.split)) is not None:
+        criteria.append(_no_copier(challenger, row))
     return Verdict(all(each.passed for each in criteria), rival, challenger.name, tuple(criteria))
 
 
@@ -228,6 +232,13 @@ def _below_ceiling(challenger: Evaluation, gate: Gate) -> Criterion:
     text = f"{challenger.name}: {gate.metric} {_span(row['value'], row.get('low'), high)} "
     text += f"{'lies' if passed else 'does not lie'} below {limit:.4g} = {gate.ceiling_fraction:g} x {top['value']:.4g}"
     return Criterion(name, passed, text, {"value": row["value"], "high": high, "limit": limit, "ceiling": top["value"]})
+
+
+def _no_copier(challenger: Evaluation, row: Mapping[str, Any]) -> Criterion:
+    flagged = bool(row.get("flag"))
+    text = f"{challenger.name}: {'flagged as' if flagged else 'not flagged as'} a copier of training rows, "
+    text += f"estimated share {_span(row['value'], row.get('low'), row.get('high'))}"
+    return Criterion("no copier", not flagged, text, {"share": row["value"]})
 
 
 def _better(champion: Evaluation, challenger: Evaluation, gate: Gate, difference: Difference) -> Criterion:

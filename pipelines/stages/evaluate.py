@@ -220,21 +220,21 @@ def evaluate_stage(run: str, out: Path, params: Params) -> list[dict[str, Any]]:
 
 
 def reference(dataset: str, params: Params) -> list[dict[str, Any]]:
-    """The floor (training images against held-out ones) and the ceiling (noise), with the n of every other row."""
+    """The floor (valid against test: both unseen by the extractor) and the ceiling (noise), with the n of every row."""
     from pipelines.data import shards
 
     folder = paths.data(dataset)
     manifest = shards.read_manifest(folder)
-    test, train = shards.load(folder, "test").x, shards.load(folder, "train").x
+    test, valid, train = (shards.load(folder, split).x for split in ("test", "valid", "train"))
     extractor = extractor_of(dataset, manifest.spec().dims)
     assert extractor is not None
-    n = min(len(test), params.evaluation.max_samples, len(train) // 2)
+    n = min(len(test), params.evaluation.max_samples, len(valid))
     rng = torch.Generator().manual_seed(noise.digest("ceiling", params.evaluation.seed))
     uniform = torch.randint(manifest.levels or 256, test[:n].shape, generator=rng).to(test.dtype)
     found = []
-    for name, fake, rest in (("floor", train[:n], train[n:]), ("ceiling", uniform, train)):
+    for name, fake in (("floor", valid[:n]), ("ceiling", uniform)):
         rows = Rows(extractor.sha256, "test", params.evaluation.seed)
-        compare(rows, extractor, test[:n], fake, rest)
+        compare(rows, extractor, test[:n], fake, train)
         found += [{"run": name, **row} for row in rows.rows]
     return found
 

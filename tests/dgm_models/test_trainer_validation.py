@@ -129,6 +129,16 @@ def test_validation_measures_the_averaged_weights() -> None:
     assert curve(running)[-1] == pytest.approx(0.5 * (average - 0.25) ** 2, rel=1e-4)  # a difference of near numbers
 
 
+def test_validation_keeps_the_averaged_weights_of_its_best() -> None:
+    running = trainer_after(average=0.5, keep="best")
+    averages, average = [], 0.0
+    for value in path(20):
+        average = 0.5 * average + 0.5 * value
+        averages.append(average)
+    best = min(averages, key=lambda at: (at - 0.25) ** 2)
+    assert weight(running.final()) == pytest.approx(best, rel=1e-5)  # 20 float32 steps
+
+
 def test_validation_noise_is_the_same_every_time() -> None:
     running = trainer(Distance(noisy=True), to=0.0, steps=3)
     running.optim = Optims(Optim(name="sgd", lr=1e-30))  # nothing moves, so that only noise could differ

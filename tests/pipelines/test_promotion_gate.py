@@ -145,3 +145,16 @@ def test_gate_knows_the_library_s_difference() -> None:
     assert decide(old, new, gate, frechet_difference).passed
     assert not decide(new, old, gate, frechet_difference).passed
     assert not decide(old, replace(old, name="same"), gate, frechet_difference).passed
+
+
+@pytest.mark.parametrize(
+    ("flag", "copiers", "passed"), [(True, False, False), (True, True, True), (False, False, True)]
+)
+def test_gate_refuses_a_copier_of_training_rows(flag: bool, copiers: bool, passed: bool) -> None:
+    new = evaluation("new", 5.0)
+    new = replace(new, rows=[*new.rows, row("copies", 0.4, 0.1, flag=flag)])
+    gate = replace(GATE, copiers=copiers)
+    for champion in (None, evaluation("old", 9.0)):
+        verdict = decide(champion, new, gate, says(4.0, 3.0, 5.0))
+        assert verdict.passed is passed
+    assert passed or "copier" in refusal(verdict)
