@@ -119,10 +119,11 @@ class Batch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, parts: int) -> Iterator[Batch]:
-        """`parts` micro-batches, as even as can be, in order."""
-        for rows in torch.arange(len(self), device=self.x.device).tensor_split(parts):
-            start, stop = int(rows[0]), int(rows[-1]) + 1
-            yield self.map(lambda tensor, start=start, stop=stop: tensor[start:stop])
+        """`parts` micro-batches, as even as can be, in order; none is empty."""
+        for part in range(parts):
+            start, stop = len(self) * part // parts, len(self) * (part + 1) // parts
+            if stop > start:  # fewer rows than parts: fewer micro-batches
+                yield self.map(lambda tensor, start=start, stop=stop: tensor[start:stop])
 
 
 def _float(x: Tensor) -> torch.dtype:

@@ -59,7 +59,13 @@ ROWS: tuple[Row, ...] = (
 
 # what the pipeline trains but no leaderboard ranks
 TOOLS: tuple[Row, ...] = (
-    Row("extractor/classifier", "a classifier's penultimate layer", ("features",), ("image:discrete",)),
+    Row(
+        "extractor/classifier",
+        "a classifier's penultimate layer",
+        ("features",),
+        ("image:discrete",),
+        synchronised=False,  # each rank normalises its features by its own share of the batch
+    ),
 )
 
 METHODS: dict[str, Row] = {row.name: row for row in ROWS}

@@ -82,7 +82,7 @@ class Made(Model):
 
 
 class Nll(Objective):
-    """-log p(x), each step under the next mask set (connectivity-agnostic training).
+    """-log p(x); in training each step takes the next mask set (connectivity-agnostic training).
 
     Source: Germain et al. 2015, section 4.2, arXiv:1502.03509.
     """
@@ -91,7 +91,9 @@ class Nll(Objective):
         return (Turn("model", self.loss),)
 
     def loss(self, model: Made, batch: Batch) -> Loss:
-        return Loss(-model.log_prob_of(batch.x, model.mask).sum())
+        if model.training:
+            return Loss(-model.log_prob_of(batch.x, model.mask).sum())
+        return Loss(-model.log_prob(batch.x).sum())  # validation sees the ensemble
 
     def advance(self, model: Made, step: int) -> None:
         model.mask.fill_((step + 1) % model.num_masks)

@@ -59,16 +59,24 @@ def assert_one_training(one: dict, two: dict) -> None:
 # ---- micro-batches
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+ADDITIVE = [case for case in CASES if cases.made(case).objective.additive]
+COUPLED = [case for case in CASES if case not in ADDITIVE]
+
+
+@pytest.mark.parametrize("case", ADDITIVE, ids=str)
 def test_micro_batches_equal_one_batch(case: Case) -> None:
-    whole, parts = run(case), run(case, accumulate=3) if cases.made(case).objective.additive else None
-    if parts is None:
-        pytest.skip("the objective couples examples: the trainer refuses to accumulate, see test_contract_turns.py")
+    whole, parts = run(case), run(case, accumulate=3)
     assert_one_training(cases.state_of(whole), cases.state_of(parts))
     assert reported(parts) == pytest.approx(reported(whole), rel=1e-4, abs=1e-4)  # sums of losses up to 100 in float32
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", COUPLED, ids=str)
+def test_micro_batches_of_a_coupled_objective_are_refused(case: Case) -> None:
+    with pytest.raises(ValueError, match=r"train\.accumulate: .* couples the examples of a batch"):
+        run(case, accumulate=3)
+
+
+@pytest.mark.parametrize("case", ADDITIVE, ids=str)
 def test_micro_batches_twin_with_a_mean_of_means_is_caught(case: Case) -> None:
     def means(method: Method) -> Method:
         turns = method.objective.turns()
@@ -116,12 +124,15 @@ def left(folder: Path, name: str) -> list[dict]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_ranks_equal_one(case: Case, pair: Path) -> None:
     first, second = left(pair, slug(case))
-    assert cases.differences(first, second) == []  # the ranks hold the same bits, metrics included
     one = run(case)
+    apart = cases.differences(first, second)
     if case.row.synchronised:
+        assert apart == []  # the ranks hold the same bits, metrics included
         assert_one_training(cases.state_of(one), {k: v for k, v in first.items() if k != "metrics"})
         assert first["metrics"] == pytest.approx(reported(one), rel=1e-4, abs=1e-4)  # as for micro-batches
-    else:  # an exemption that is no longer needed is to be struck from the row
+    else:  # gradients are reduced all the same; an exemption that is no longer needed is to be struck from the row
+        learned = {f"model.{name}" for name, _ in one.model.named_parameters()}
+        assert not learned & set(apart)
         assert cases.distance(tensors(cases.state_of(one)), tensors(first)) > TOLERANCE
 
 
@@ -157,6 +168,26 @@ class Partial(Objective):
         return Loss(torch.stack([(model.weights[i] * batch.x).sum() for i in self.own]).sum())
 
 
+class Coupled(Partial):
+    """The variance within the batch: it couples the examples, and each rank sees its own share of them."""
+
+    additive = False
+
+    def loss(self, model: Two, batch: Batch) -> Loss:
+        moved = batch.x @ model.weights[0]
+        return Loss((moved - moved.mean()).square().sum() + sum(w.sum() for w in model.weights))
+
+
+def coupled(runtime: Runtime | None = None) -> Tensor:
+    """The weights after a step under a loss that is not synchronised."""
+    data = DataSpec("vector", (2,))
+    source = ArraySource(torch.arange(16.0).reshape(8, 2), data)
+    settings = Train(steps=1, batch_size=8)
+    trainer = Trainer(Two(data), Coupled((0,)), source, settings, Optims(Optim(name="sgd", lr=0.01)), 0, runtime)
+    trainer.run()
+    return trainer.model.weights[0].detach()
+
+
 def disagreement(runtime: Runtime, own: Sequence[int]) -> str:
     """The message of a step in which this rank's loss reaches the parameters in `own`, or "" when it went through."""
     data = DataSpec("vector", (2,))
@@ -169,6 +200,12 @@ def disagreement(runtime: Runtime, own: Sequence[int]) -> str:
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def test_two_ranks_twin_whose_loss_couples_the_examples_is_caught(pair: Path) -> None:
+    first, second = left(pair, "facts")
+    assert torch.equal(first["coupled"], second["coupled"])
+    assert float((first["coupled"] - coupled()).abs().max()) > 1000 * TOLERANCE
 
 
 def test_two_ranks_gather_rows_of_different_number(pair: Path) -> None:

@@ -23,6 +23,7 @@ def work(rank: int, folder: str) -> None:
         torch.save(reached, Path(folder, f"{law.slug(case)}-{rank}"))
     facts = {
         "gathered": runtime.gather(torch.arange(3.0)[: 3 * rank] + 10 * rank),  # rank 0 has no row
+        "coupled": law.coupled(runtime),
         "disagree": law.disagreement(runtime, own=(0, 1)),
         "exchanged": law.disagreement(runtime, own=(rank,)),
         "unequal": law.disagreement(runtime, own=(0,) if rank else (0, 1)),
