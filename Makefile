@@ -51,4 +51,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf zoo/artifacts zoo/samples zoo/evaluations zoo/receipts data extractors artifacts samples evaluations searches comparisons receipts promotions report .dgm mlflow.db mlartifacts
+	rm -rf searches/* comparisons/* zoo/artifacts zoo/samples zoo/evaluations zoo/receipts data extractors artifacts samples evaluations receipts promotions report .dgm mlflow.db mlartifacts

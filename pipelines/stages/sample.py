@@ -20,7 +20,7 @@ def locate(target: str, into: Path) -> Path:
     if target.startswith("models:/"):
         from pipelines.registration import fetch
 
-        return fetch(target, into)
+        return fetch(target, into / "artifact")
     for folder in (paths.artifact(target), Path(target)):
         if (folder / "spec.json").is_file():
             return folder

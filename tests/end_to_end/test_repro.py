@@ -9,13 +9,14 @@ import pytest
 
 from tests.support import project
 
-ONE_RUN = project.PARAMS.split("  gan:")[0] + "searches: {}\ntuned: {}\ncluster: {storage: .dgm/store, workers: 1}\n"
+_HEAD, _REST = project.PARAMS.split("  gan:")
+ONE_RUN = _HEAD + _REST[_REST.index("searches:") :]
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = project.make_repository(tmp_path_factory.mktemp("repository"), ONE_RUN)
-    project.run(folder, "dvc", "repro", "-q")
+    project.run(folder, "dvc", "repro")
     return folder
 
 

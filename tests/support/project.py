@@ -33,6 +33,8 @@ runs:
     optim: {lr: 1.0e-3, betas: [0.0, 0.9]}
 searches: {}
 tuned: {}
+evaluation: {importance: 4}
+promotion: {ceiling_fraction: 0.5}
 cluster: {storage: .dgm/store, workers: 1}
 """
 
@@ -51,6 +53,8 @@ def make_repository(folder: Path, params: str = PARAMS) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, folder / name)
+    for name in ("searches", "comparisons"):
+        shutil.copytree(ROOT / name, folder / name, ignore=lambda _, names: [n for n in names if n != ".gitkeep"])
     run(folder, "git", "init", "-q")
     run(folder, "git", "add", "-A")
     run(folder, "git", "-c", "user.email=t@example.org", "-c", "user.name=t", "commit", "-qm", "start")
