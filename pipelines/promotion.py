@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipelines import registration, tracking
+from pipelines import files, registration, tracking
 from pipelines.tracking import RUN_DIGEST
 
 if TYPE_CHECKING:
@@ -439,8 +439,8 @@ def _write_receipt(path: Path | None, model_name: str, entries: Sequence[Entry])
     told = [json.loads(entry.to_json()) for entry in entries]
     champion = dataclasses.asdict(stack[-1]) if stack else None
     document = {"kind": "promotion", "model": model_name, "champion": champion, "history": told}
-    if not (path.exists() and registration.read_json(path) == document):
-        registration.write_json(path, document)
+    if not (path.exists() and files.read_json(path) == document):
+        files.write_json(path, document)
 
 
 def follow(mlflow: MlflowClient, receipt: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import tempfile
-import uuid
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import tracking
+from pipelines.files import read_json, write_json
 from pipelines.tracking import RUN_DIGEST
 
 if TYPE_CHECKING:
@@ -139,27 +139,6 @@ def read_package(artifact: Path, evaluation: Path, model: str) -> Package:
         raise ValueError(f"{evaluation}/evaluation.json: expected a list of rows with a 'metric'")
     files = {**_listing(artifact, "artifact"), **_listing(evaluation, "evaluation")}
     return Package(model, artifact, evaluation, spec, rows, files)
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(document, indent=1, sort_keys=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _listing(folder: Path, prefix: str) -> dict[str, dict[str, Any]]:

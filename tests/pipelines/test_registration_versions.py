@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from dgm_models.training import checkpoint
-from pipelines import registration, tracking
+from pipelines import files, registration, tracking
 from pipelines.registration import fetch, register, sync
 
 
@@ -370,8 +370,8 @@ def test_sync_says_what_it_cannot_do(uri: str, tmp_path: Path) -> None:
 
 
 def test_write_json_is_whole_or_not_at_all(tmp_path: Path) -> None:
-    registration.write_json(tmp_path / "a.json", {"a": 1})
+    files.write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(TypeError):
-        registration.write_json(tmp_path / "a.json", {"a": {1, 2}})
+        files.write_json(tmp_path / "a.json", {"a": {1, 2}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
