@@ -41,13 +41,14 @@ class Made(Model):
 
     def logits(self, x: Tensor, mask: Tensor | int) -> Tensor:
         """[B, D, levels] of the stored integers x, for one mask set."""
-        flat = x.flatten(1)
-        if self.network.inputs > 1:
-            entered = F.one_hot(flat, self.levels).float().flatten(1)
-        else:
-            entered = centred(flat, self.data)
-        logits: Tensor = self.network(entered, mask)
+        logits: Tensor = self.network(self.entered(x.flatten(1)), mask)
         return F.pad(logits, (1, 0)) if self.levels == 2 else logits  # a Bernoulli's logit against 0
+
+    def entered(self, x: Tensor) -> Tensor:
+        """The network's inputs [B, K * inputs] of stored integers [B, K]."""
+        if self.network.inputs > 1:
+            return F.one_hot(x, self.levels).float().flatten(1)
+        return centred(x, self.data)
 
     def log_prob_of(self, x: Tensor, mask: Tensor | int) -> Tensor:
         """[B] nats under one mask set."""
@@ -66,7 +67,7 @@ class Made(Model):
 
     @torch.no_grad()
     def sample(self, n: int, rng: torch.Generator, cond: Tensor | None = None) -> Tensor:
-        """Ancestral: D network evaluations for every mask set that a sample uses."""
+        """Ancestral, dimension by dimension; the first layer's sums are kept, so that a step costs one column of it."""
         if cond is not None:
             raise ValueError("cond: this model was built without a condition")
         chosen = torch.randint(self.num_masks, (n,), generator=rng, device=rng.device)
@@ -74,9 +75,15 @@ class Made(Model):
         for mask in sorted(set(chosen.tolist())):
             rows = chosen == mask
             part = x[rows]
+            entered = torch.zeros(len(part), self.data.dims * self.network.inputs, device=rng.device)
+            sums = self.network.start(len(part), mask)
             for d in self.network.order[mask].argsort().tolist():
-                probabilities = self.logits(part, mask)[:, d].float().softmax(1)
-                part[:, d] = torch.multinomial(probabilities, 1, generator=rng)[:, 0]
+                logits = self.network.step(sums, d, entered, mask)
+                logits = F.pad(logits, (1, 0)) if self.levels == 2 else logits
+                part[:, d] = torch.multinomial(logits.float().softmax(1), 1, generator=rng)[:, 0]
+                new = self.entered(part[:, d : d + 1])
+                entered[:, d * self.network.inputs : (d + 1) * self.network.inputs] = new
+                self.network.admit(sums, new, d, mask)
             x[rows] = part
         return x.reshape(n, *self.data.shape)
 

@@ -70,6 +70,33 @@ class MaskedMlp(nn.Module):
         self.last = MaskedLinear(width, dims * outputs, strict=True)
         self.direct = MaskedLinear(dims * inputs, dims * outputs, strict=True, bias=False) if direct else None
 
+    def start(self, n: int, mask: int) -> Tensor:
+        """The first layer's sums [n, width] for inputs that are all 0: what `step` and `admit` keep."""
+        first = self.layers[0]
+        assert isinstance(first, MaskedLinear)
+        return first.bias.expand(n, -1).clone()
+
+    def admit(self, sums: Tensor, x: Tensor, d: int, mask: int) -> None:
+        """Adds dimension d's inputs [B, inputs] to the sums, in place: one column of a product, not the whole."""
+        first = self.layers[0]
+        assert isinstance(first, MaskedLinear)
+        columns = first.weight[:, d * self.inputs : (d + 1) * self.inputs]
+        above = self.hidden[mask, 0] >= self.order[mask, d]
+        sums += x @ (columns * above[:, None]).T
+
+    def step(self, sums: Tensor, d: int, x: Tensor, mask: int) -> Tensor:
+        """Dimension d's outputs [B, outputs] from the sums; direct connections read the inputs x [B, D * inputs]."""
+        h, before = F.relu(sums), self.hidden[mask, 0]
+        for i, layer in enumerate(self.layers[1:], start=1):
+            h, before = F.relu(layer(h, before, self.hidden[mask, i])), self.hidden[mask, i]
+        rows = slice(d * self.outputs, (d + 1) * self.outputs)
+        place = self.order[mask]
+        last = self.last.weight[rows] * (place[d] > before)
+        logits = F.linear(h, last, self.last.bias[rows])
+        if self.direct is not None:
+            logits = logits + x @ (self.direct.weight[rows] * (place[d] > place.repeat_interleave(self.inputs))).T
+        return logits
+
     def forward(self, x: Tensor, mask: Tensor | int) -> Tensor:
         """x [B, D * inputs] -> [B, D, outputs]."""
         place = self.order[mask]

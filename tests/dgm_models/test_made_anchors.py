@@ -130,3 +130,23 @@ def test_made_walks_its_masks_in_training() -> None:
         report=lambda step, metrics: seen.append(int(method.model.mask)),
     )  # fmt: skip
     assert seen == [1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize("levels", [2, 5, 40])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_made_cached_logits_equal_uncached(levels: int, depth: int) -> None:
+    """Dimension by dimension, with the first layer's sums kept, the logits are those of the whole network."""
+    data = DataSpec(kind="vector", shape=(7,), levels=levels)
+    params = {"width": 20, "depth": depth, "masks": 2, "random_order": True, "direct": True}
+    model = build("autoregressive/made", data, **params).model.double()
+    network = model.network
+    x = torch.randint(levels, (6, 7), generator=torch.Generator().manual_seed(0))
+    for mask in range(2):
+        whole = network(model.entered(x).double(), mask)  # [6, 7, outputs]
+        entered, sums = torch.zeros(6, 7 * network.inputs).double(), network.start(6, mask)
+        for d in network.order[mask].argsort().tolist():
+            # float64: the sums are the same numbers added in another order
+            torch.testing.assert_close(network.step(sums, d, entered, mask), whole[:, d], rtol=1e-12, atol=1e-12)
+            new = model.entered(x[:, d : d + 1]).double()
+            entered[:, d * network.inputs : (d + 1) * network.inputs] = new
+            network.admit(sums, new, d, mask)
