@@ -197,12 +197,19 @@ def send_rows(mlflow: MlflowClient, run_id: str, rows: Iterable[Mapping[str, Any
 def send_params(mlflow: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
     """Logs the params that the run does not hold yet; nested mappings become dotted names."""
     from mlflow.entities import Param
+    from mlflow.exceptions import MlflowException
 
-    held = mlflow.get_run(run_id).data.params
     flat = {_clean(name): value[:6000] for name, value in _flatten(params).items()}
-    fresh = [Param(name, value) for name, value in flat.items() if name not in held]
-    for start in range(0, len(fresh), 100):
-        mlflow.log_batch(run_id, params=fresh[start : start + 100])
+    for attempt in range(3):
+        held = mlflow.get_run(run_id).data.params
+        fresh = [Param(name, value) for name, value in flat.items() if name not in held]
+        try:
+            for start in range(0, len(fresh), 100):
+                mlflow.log_batch(run_id, params=fresh[start : start + 100])
+            return
+        except MlflowException:  # another writer logged the same params meanwhile: only what it left is sent
+            if attempt == 2:
+                raise
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
