@@ -54,10 +54,15 @@ def tune_stage(key: str, out: Path, params: Params) -> dict[str, Any]:
     with session.session(params.cluster) as ray:
         with bar(f"tune {key}", settings.trials, progress):
             rows = driver.search(ray, plan, digest, params.cluster, progress)
-        finished = sorted((row for row in rows if row["state"] == "finished"), key=lambda row: row["fid"])
+        finished = sorted(
+            (row for row in rows if row["state"] == "finished" and row["fid"] < float("inf")),
+            key=lambda row: row["fid"],
+        )
         if not finished:
             errors = {row["error"] for row in rows if row["error"]}
-            raise ValueError(f"searches.{key}: no trial finished; {'; '.join(errors) or 'all were stopped early'}")
+            raise ValueError(
+                f"searches.{key}: no trial ended with samples that have an FID; {'; '.join(errors) or 'see trials'}"
+            )
         first = finished[: settings.finalists]
         candidates = {AS_WRITTEN: {}} | {f"trial {row['trial']}": row["values"] for row in first}
         results = driver.finals(ray, plan, candidates)
