@@ -7,7 +7,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 from urllib.parse import urlsplit
@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-CONNECT_TIMEOUT_S = 10.0
-READ_TIMEOUT_S = 60.0
+from pipelines.storage import READ_TIMEOUT_S, client
+
 CHUNK = 1 << 18
 TRANSIENT = (408, 425, 429)  # every other 4xx is an answer: asking again will not change it
 
@@ -75,19 +75,12 @@ def _open_http(location: str) -> Iterator[tuple[Stream, int | None]]:
 @contextmanager
 def _open_s3(location: str) -> Iterator[tuple[Stream, int | None]]:
     # boto3 costs 0.3 s and only s3:// needs it
-    import boto3  # type: ignore[import-untyped, unused-ignore]
-    from botocore.config import Config  # type: ignore[import-untyped, unused-ignore]
     from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped, unused-ignore]
 
     parts = urlsplit(location)
-    config = Config(
-        connect_timeout=CONNECT_TIMEOUT_S,
-        read_timeout=READ_TIMEOUT_S,
-        retries={"total_max_attempts": 1},  # the caller tries again, for a body cut short too, which boto3 does not
-    )
     try:
-        answer = boto3.client("s3", config=config).get_object(Bucket=parts.netloc, Key=parts.path.lstrip("/"))
-        with answer["Body"] as body:
+        answer = client().get_object(Bucket=parts.netloc, Key=parts.path.lstrip("/"))
+        with closing(answer["Body"]) as body:  # as a context manager it would give a stream that checks nothing
             yield body, answer["ContentLength"]
     except ClientError as error:
         raise _refused(error.response["ResponseMetadata"]["HTTPStatusCode"], str(error)) from error
