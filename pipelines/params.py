@@ -37,6 +37,20 @@ Section = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Stream:
+    """A dataset that is read shard by shard, not held in memory.
+
+    Args:
+        buffer: rows that are shuffled together, over all lanes; at least a batch.
+        lanes: independent readers, each with its own rows of an epoch; they divide the batch. A number of workers that
+            divides them reads every shard about once an epoch.
+    """
+
+    buffer: Positive = 8192
+    lanes: Positive = 8
+
+
+@dataclass(frozen=True)
 class Run:
     """One training: what is modelled, how, and with which seed.
 
@@ -48,6 +62,7 @@ class Run:
         train, optim: how it is trained.
         seed: of initial weights, shuffling and noise.
         section: the section as written, for the digest.
+        stream: how the dataset is read when it is not held in memory.
     """
 
     key: str
@@ -58,6 +73,7 @@ class Run:
     optim: Optims
     seed: int
     section: Section
+    stream: Stream | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +159,8 @@ class Cluster:
         workers: workers of a training, or [min, max] of an elastic one.
         cpus: CPUs of a worker.
         gpu: a GPU for every worker.
+        shard: FSDP2: parameters, gradients and optimizer states divided among the workers (one-player methods).
+        checkpoint_activations: recompute activations in the backward pass instead of keeping them.
         max_failures: worker failures that a training survives; -1 for any number.
         hours: wall-clock limit of one training.
     """
@@ -152,6 +170,8 @@ class Cluster:
     workers: Positive | tuple[Positive, Positive] = 1
     cpus: PositiveFloat = 1.0
     gpu: bool = False
+    shard: bool = False
+    checkpoint_activations: bool = False
     max_failures: int = 3
     hours: PositiveFloat = 24.0
 
@@ -280,6 +300,7 @@ class _RunSection:
     network: dict[str, Any] | None = None
     optim: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    stream: Stream | None = None
     seed: NonNegative = 0
 
 
@@ -310,7 +331,15 @@ def parse_run(key: str, section: Any, path: str, datasets: Iterable[str]) -> Run
             raise ConfigError(str(error)) from error
     train = construct(Train, form.train, f"{path}.train")
     optim = read_optims(form.optim, f"{path}.optim")
-    return Run(key, form.dataset, form.method["name"], arguments, train, optim, form.seed, copy.deepcopy(dict(section)))
+    if form.stream:
+        from pipelines.data.order import check_stream
+
+        try:
+            check_stream(form.stream.buffer, form.stream.lanes, train.batch_size)
+        except ValueError as error:
+            raise ConfigError(f"{path}.{error}") from error
+    written = copy.deepcopy(dict(section))
+    return Run(key, form.dataset, form.method["name"], arguments, train, optim, form.seed, written, form.stream)
 
 
 def override(section: Section, values: Mapping[str, Any], path: str) -> Section:
@@ -355,6 +384,7 @@ def identity(run: Run) -> Section:
         "train": {name: value for name, value in plain(run.train).items() if name != "report_every"},
         "optim": plain(run.optim),
         "seed": run.seed,
+        **({"stream": plain(run.stream)} if run.stream else {}),  # it decides the order of the examples
     }
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from dgm_models.protocols import DataSpec, Kind
 from pipelines.data.raw import SPLITS, Source
+from pipelines.storage import place
 
 SCHEMA = 1
 FILE = "manifest.json"
 DTYPES = ("uint8", "int32", "float32")
-_PART = re.compile(rf"({'|'.join(SPLITS)})/part-\d{{5}}\.parquet")
+PART = re.compile(rf"({'|'.join(SPLITS)})/part-\d{{5}}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Manifest:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         for part in self.parts:
-            if not _PART.fullmatch(part.path):
+            if not PART.fullmatch(part.path):
                 raise ValueError(f"part {part.path!r}; expected a path such as 'train/part-00000.parquet'")
         found = {split: sum(part.rows for part in self.parts if part.split == split) for split in SPLITS}
         if dict(self.rows) != found:
@@ -119,20 +120,22 @@ def _entries(cls: type, found: Any) -> dict[str, Any]:
     return dict(found)
 
 
-def read_manifest(folder: Path | str) -> Manifest:
-    """The manifest of a prepared dataset.
+def read_manifest(data: Path | str) -> Manifest:
+    """The manifest of a prepared dataset: a folder or a URI such as s3://bucket/prefix.
 
     Raises: ValueError that names the file and the way out when it is missing or damaged.
     """
-    path = Path(folder) / FILE
     try:
-        return Manifest.from_json(path.read_text(encoding="utf-8"))
+        return Manifest.from_json(place(data).read(FILE).decode())
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; {way_out(folder)}") from None
+        raise ValueError(f"{data}/{FILE}: no such file; {way_out(data)}") from None
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: {error}; {way_out(folder)}") from error
+        raise ValueError(f"{data}/{FILE}: {error}; {way_out(data)}") from error
 
 
-def way_out(folder: Path | str) -> str:
-    """How to get a sound folder again: its name is the key of its stage."""
-    return f"make it again with `dvc repro -f prepare@{Path(folder).absolute().name}`"
+def way_out(data: Path | str) -> str:
+    """How to get a sound copy again: a folder's name is the key of its stage, on S3 it is a copy of a folder."""
+    folder = place(data).local
+    if folder is None:
+        return f"delete {data} and repeat the command: it is copied there again"
+    return f"make it again with `dvc repro -f prepare@{folder.name}`"

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dgm_models.construct import ConfigError, construct, did_you_mean
-from pipelines.data.datasets import TABLE, dataset_class
-from pipelines.data.manifest import FILE, SCHEMA, Manifest, Part
-from pipelines.data.raw import Array, Dataset, Raw, checked
-from pipelines.data.shards import write_part, write_synced
+from pipelines.data.datasets import INDEXED, TABLE, dataset_class
+from pipelines.data.manifest import FILE, PART, SCHEMA, Manifest, Part, read_manifest
+from pipelines.data.raw import SPLITS, Array, Dataset, Raw, checked, stored_dtype
+from pipelines.data.shards import encode, part_of, write_synced
 from pipelines.data.split import split_rows
 from pipelines.data.whole import whole_folder
+from pipelines.storage import place
+
+if TYPE_CHECKING:
+    from pipelines.params import Cluster
 
 
 @dataclass(frozen=True)
@@ -25,11 +33,13 @@ class Settings:
         seed: of the splits, of the order of the rows, and of data that are generated.
         split: (train, valid, test) fractions, used where the source fixes no split.
         rows_per_shard: rows of one parquet file; the last one of a split may hold fewer.
+        parallel: read and write on Ray Data, block by block; for `image-folder` and `parquet`. The bytes are the same.
     """
 
     seed: int = 0
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
     rows_per_shard: int = 10_000
+    parallel: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "split", tuple(self.split))
@@ -67,68 +77,156 @@ class Section:
                 raise ConfigError(f"{path}.{key}: unknown key{did_you_mean(key, {*common, *own})}")
         chosen = construct(dataset, {key: value for key, value in entries.items() if key in own}, path)
         settings = construct(Settings, {key: value for key, value in entries.items() if key in common}, path)
+        if settings.parallel and entries["name"] not in INDEXED:
+            raise ConfigError(f"{path}.parallel: {entries['name']} is read at once; only {', '.join(INDEXED)} can be")
         return cls(entries["name"], chosen, settings)
 
 
-def prepare(section: Section | Mapping[str, Any], out: Path | str) -> Manifest:
+def prepare(section: Section | Mapping[str, Any], out: Path | str, cluster: Cluster | None = None) -> Manifest:
     """Reads a dataset and writes it to `out`, whole or not at all; the same input gives the same bytes.
 
     Args:
         section: a `Section`, or one flat section as read from YAML.
-        out: the dataset's folder; an earlier one is replaced.
-    Raises: ValueError that names the dataset, the file, what was found and what is expected. `out` is then as before.
+        out: the dataset's folder, or s3://bucket/prefix; an earlier one is replaced.
+        cluster: where Ray runs when the section says `parallel`; None for this machine.
+    Raises: ValueError that names the dataset, the file, what was found and what is expected. `out` is then as before;
+        on S3 it is without a manifest, which nothing reads.
 
     >>> prepare({"name": "moons", "rows": 1000, "split": [0.8, 0.1, 0.1]}, "data/moons").rows  # doctest: +SKIP
     {'train': 800, 'valid': 100, 'test': 100}
     """
     section = section if isinstance(section, Section) else Section.of(section)
+    if section.settings.parallel:
+        from pipelines.data.parallel import prepare_on_ray
+
+        return prepare_on_ray(section, out, cluster)
     return write(section.name, section.dataset.read(section.settings.seed), section.settings, out)
 
 
 def write(name: str, raw: Raw, settings: Settings, out: Path | str) -> Manifest:
     """Checks and writes rows that are already in memory: what `prepare` does after reading."""
     raw = checked(name, raw)
-    splits = split_rows(name, len(raw.x), raw.splits, settings.split, settings.seed)
-    location, scale = _affine(name, raw, splits["train"])
-    with whole_folder(Path(out), FILE) as folder:
-        parts = [part for split, ids in splits.items() for part in _write_split(folder, split, ids, raw, settings)]
-        manifest = Manifest(
-            schema=SCHEMA,
-            name=name,
-            kind=raw.kind,
-            shape=raw.x.shape[1:],
-            dtype=str(raw.x.dtype),
-            levels=raw.levels,
-            classes=raw.classes,
-            class_names=raw.class_names,
-            location=location,
-            scale=scale,
-            rows={split: len(ids) for split, ids in splits.items()},
-            parts=tuple(parts),
-            split=settings.split,
-            split_seed=settings.seed,
-            licence=raw.licence,
-            source=raw.source,
-            entropy_nats=raw.entropy_nats,
-        )
-        write_synced(folder / FILE, manifest.to_json().encode())
+    shards = plan(split_rows(name, len(raw.x), raw.splits, settings.split, settings.seed), settings)
+    with output(out) as put:
+        made = []
+        for path, ids in shards.items():
+            shard, content = make_shard(path, ids, raw.x[ids], None if raw.labels is None else raw.labels[ids])
+            put(path, content)
+            made.append(shard)
+        manifest = manifest_of(name, raw, raw.x.shape[1:], settings, made)
+        put(FILE, manifest.to_json().encode())
     return manifest
 
 
-def _write_split(folder: Path, split: str, ids: Array, raw: Raw, settings: Settings) -> list[Part]:
-    parts = []
-    for number, start in enumerate(range(0, len(ids), settings.rows_per_shard)):
-        here = ids[start : start + settings.rows_per_shard]
-        labels = None if raw.labels is None else raw.labels[here]
-        parts.append(write_part(folder, f"{split}/part-{number:05d}.parquet", here, raw.x[here], labels))
-    return parts
+def plan(splits: Mapping[str, Array], settings: Settings) -> dict[str, Array]:
+    """Path of every shard -> its row numbers."""
+    shards = {}
+    for split, ids in splits.items():
+        for number, start in enumerate(range(0, len(ids), settings.rows_per_shard)):
+            shards[f"{split}/part-{number:05d}.parquet"] = ids[start : start + settings.rows_per_shard]
+    return shards
 
 
-def _affine(name: str, raw: Raw, train: Array) -> tuple[float, float]:
-    """(mean, standard deviation) of all values of train for real data, (0, 1) for levels."""
-    x = raw.x[train]
-    if x.min() == x.max():
-        raise ValueError(f"{name}: every value of train is {x.min()}; expected data that vary")
-    if raw.levels is not None:
+@dataclass(frozen=True)
+class Shard:
+    """A shard that was made: what the manifest needs to know of it.
+
+    Attributes:
+        part: its file.
+        low, high: of its values.
+        mean, variance: of its values, when they are real numbers; 0 for levels.
+    """
+
+    part: Part
+    low: float
+    high: float
+    mean: float
+    variance: float
+
+
+def make_shard(path: str, ids: Array, x: Array, labels: Array | None) -> tuple[Shard, bytes]:
+    """One shard and its bytes; arguments as `write_part`."""
+    content = encode(ids, x, labels)
+    values = np.ascontiguousarray(x).reshape(-1)  # sums depend on the layout
+    real = values.dtype.kind == "f"
+    mean, variance = (float(values.mean(dtype="f8")), float(values.var(dtype="f8"))) if real else (0.0, 0.0)
+    return Shard(part_of(path, len(ids), content), float(values.min()), float(values.max()), mean, variance), content
+
+
+def manifest_of(name: str, raw: Raw, shape: tuple[int, ...], settings: Settings, shards: list[Shard]) -> Manifest:
+    """The manifest of these shards.
+
+    Args:
+        raw: what is known of the data; its rows are not looked at.
+        shape: of a row.
+        shards: all of them, in the order of the plan.
+    Raises: ValueError when train is constant.
+    """
+    location, scale = _affine(name, raw.levels, [shard for shard in shards if shard.part.split == "train"])
+    return Manifest(
+        schema=SCHEMA,
+        name=name,
+        kind=raw.kind,
+        shape=shape,
+        dtype=stored_dtype(raw.levels),
+        levels=raw.levels,
+        classes=raw.classes,
+        class_names=raw.class_names,
+        location=location,
+        scale=scale,
+        rows={split: sum(shard.part.rows for shard in shards if shard.part.split == split) for split in SPLITS},
+        parts=tuple(shard.part for shard in shards),
+        split=settings.split,
+        split_seed=settings.seed,
+        licence=raw.licence,
+        source=raw.source,
+        entropy_nats=raw.entropy_nats,
+    )
+
+
+def _affine(name: str, levels: int | None, train: list[Shard]) -> tuple[float, float]:
+    """(mean, standard deviation) of all values of train for real data, (0, 1) for levels.
+
+    Shard by shard, so that it is the same number whoever made the shards: the variance is the mean of the shards'
+    variances plus the variance of their means.
+    """
+    low, high = min(shard.low for shard in train), max(shard.high for shard in train)
+    if low == high:
+        raise ValueError(f"{name}: every value of train is {low:g}; expected data that vary")
+    if levels is not None:
         return 0.0, 1.0
-    return float(x.mean(dtype="float64")), float(x.std(dtype="float64"))
+    weights = [shard.part.rows / sum(shard.part.rows for shard in train) for shard in train]
+    mean = math.fsum(weight * shard.mean for weight, shard in zip(weights, train, strict=True))
+    variance = math.fsum(
+        weight * (shard.variance + (shard.mean - mean) ** 2) for weight, shard in zip(weights, train, strict=True)
+    )
+    return mean, math.sqrt(variance)
+
+
+@contextmanager
+def output(out: Path | str) -> Iterator[Callable[[str, bytes], None]]:
+    """`put(name, content)` for the files of a dataset, of which the manifest is the last.
+
+    A local folder appears whole when the block ends well. On S3 the earlier manifest is removed first, and what the new
+    one does not name last.
+    """
+    target = place(out)
+    if target.local:
+        with whole_folder(target.local, FILE) as folder:
+
+            def write_below(name: str, content: bytes) -> None:
+                (folder / name).parent.mkdir(exist_ok=True)
+                write_synced(folder / name, content)
+
+            yield write_below
+        return
+    target.delete(FILE)
+
+    def write_there(name: str, content: bytes) -> None:
+        target.write(name, content)
+
+    yield write_there
+    named = {part.path for part in read_manifest(out).parts}
+    for entry in target.list():
+        if PART.fullmatch(entry.name) and entry.name not in named:
+            target.delete(entry.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
 
@@ -64,16 +64,98 @@ class Dataset(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Some rows in memory: x and labels as in `Raw`, and (name, sha256) of every raw file that they came from."""
+
+    x: Array
+    labels: Array | None
+    sums: tuple[tuple[str, str], ...]
+
+
+class Block(Protocol):
+    """Consecutive rows of a dataset, not read yet: plain values that travel to whoever reads them.
+
+    Attributes:
+        rows: how many; None when only reading can tell.
+    """
+
+    @property
+    def rows(self) -> int | None: ...
+
+    def count(self) -> int:
+        """How many rows; may read."""
+        ...
+
+    def read(self) -> Chunk: ...
+
+
+@dataclass(frozen=True)
+class Index:
+    """A dataset as blocks, in the order of its rows.
+
+    Attributes:
+        blocks: of at least a row each.
+        about: (the sums of all blocks in order, the largest label or None) -> everything but the rows: `x` is empty.
+    """
+
+    blocks: Sequence[Block]
+    about: Callable[[Sequence[tuple[str, str]], int | None], Raw]
+
+    def read(self, name: str) -> Raw:
+        """The whole dataset in memory. Raises: ValueError when the blocks' rows have more than one shape."""
+        chunks = [block.read() for block in self.blocks]
+        one_shape(name, [chunk.x.shape[1:] for chunk in chunks])
+        found = [chunk.labels for chunk in chunks if chunk.labels is not None]
+        labels = np.concatenate(found) if found else None
+        raw = self.about([each for chunk in chunks for each in chunk.sums], top_label(labels))
+        return replace(raw, x=np.concatenate([chunk.x for chunk in chunks]), labels=labels)
+
+
+class Indexed(Dataset, Protocol):
+    """A dataset that need not be read at once."""
+
+    def index(self) -> Index:
+        """Lists the dataset; reads no more than it must."""
+        ...
+
+
+def one_shape(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape that all have. Raises: ValueError."""
+    for shape in shapes:
+        if shape != shapes[0]:
+            raise ValueError(f"{name}: rows of shape {shape} after rows of {shapes[0]}; expected one shape")
+    return shapes[0]
+
+
+def top_label(labels: Array | None) -> int | None:
+    """The largest label, where there are any."""
+    return int(labels.max()) if labels is not None and labels.size and labels.dtype.kind in "iu" else None
+
+
+def stored_dtype(levels: int | None) -> str:
+    """The dtype in which values are stored."""
+    if levels is None:
+        return "float32"
+    return "uint8" if levels <= 256 else "int32"
+
+
 def checked(name: str, raw: Raw) -> Raw:
     """The same rows in their stored dtype: uint8 (levels <= 256), int32, or float32 for real numbers.
 
     Raises: ValueError for an empty set, a wrong shape or dtype, NaN, values outside the levels, constant data
     and labels that do not fit; it names the dataset, what was found and what is expected.
     """
+    raw = checked_rows(name, raw)
+    if raw.x.min() == raw.x.max():
+        raise ValueError(f"{name}: every value is {raw.x.min()}; expected data that vary")
+    return raw
+
+
+def checked_rows(name: str, raw: Raw, first: int = 0) -> Raw:
+    """As `checked`, for rows of which the first has the number `first`; they may be constant."""
     _check_shape(name, raw)
-    x = _reals(name, raw.x) if raw.levels is None else _integers(name, raw.x, raw.levels)
-    if x.min() == x.max():
-        raise ValueError(f"{name}: every value is {x.min()}; expected data that vary")
+    x = _reals(name, raw.x, first) if raw.levels is None else _integers(name, raw.x, raw.levels, first)
     return replace(raw, x=x, labels=_labels(name, raw))
 
 
@@ -91,29 +173,29 @@ def _check_shape(name: str, raw: Raw) -> None:
         raise ValueError(f"{name}: an array of shape {raw.x.shape}; expected no axis of length 0")
 
 
-def _reals(name: str, x: Array) -> Array:
+def _reals(name: str, x: Array, first: int) -> Array:
     if x.dtype.kind != "f":
         raise ValueError(f"{name}: dtype {x.dtype} without levels; expected floats, or give levels for integers")
     with np.errstate(over="ignore"):
         single = x.astype(np.float32)
     if not np.isfinite(single).all():
-        _name_value(name, x, ~np.isfinite(single), "finite float32 numbers")
+        _name_value(name, x, ~np.isfinite(single), "finite float32 numbers", first)
     return single
 
 
-def _integers(name: str, x: Array, levels: int) -> Array:
+def _integers(name: str, x: Array, levels: int, first: int) -> Array:
     if not 2 <= levels <= 2**31 - 1:
         raise ValueError(f"{name}: {levels} levels; expected 2 to 2^31 - 1")
     if x.dtype.kind not in "iub":
         raise ValueError(f"{name}: dtype {x.dtype} with {levels} levels; expected integers 0..{levels - 1}")
     if x.min() < 0 or x.max() >= levels:
-        _name_value(name, x, (x < 0) | (x >= levels), f"integers 0..{levels - 1}")
-    return x.astype(np.uint8 if levels <= 256 else np.int32)
+        _name_value(name, x, (x < 0) | (x >= levels), f"integers 0..{levels - 1}", first)
+    return x.astype(stored_dtype(levels))
 
 
-def _name_value(name: str, x: Array, wrong: Array, expected: str) -> NoReturn:
+def _name_value(name: str, x: Array, wrong: Array, expected: str, first: int) -> NoReturn:
     where = tuple(int(i) for i in np.argwhere(wrong)[0])
-    raise ValueError(f"{name}: row {where[0]} holds {x[where]} at {where[1:]}; expected {expected}")
+    raise ValueError(f"{name}: row {first + where[0]} holds {x[where]} at {where[1:]}; expected {expected}")
 
 
 def _labels(name: str, raw: Raw) -> Array | None:

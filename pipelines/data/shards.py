@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipelines.data.manifest import Manifest, Part, read_manifest, way_out
 from pipelines.data.raw import SPLITS, Array
+from pipelines.storage import place
 
 __all__ = ["Manifest", "Part", "Rows", "load", "read_manifest", "write_part"]
 
@@ -37,6 +38,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.x)
 
+    def __getitem__(self, rows: slice) -> Rows:
+        """The same memory, fewer rows."""
+        return Rows(self.x[rows], None if self.cond is None else self.cond[rows], self.id[rows])
+
 
 def write_part(folder: Path, path: str, ids: Array, x: Array, labels: Array | None) -> Part:
     """Writes one shard below `folder`; the same rows give the same bytes.
@@ -47,6 +52,20 @@ def write_part(folder: Path, path: str, ids: Array, x: Array, labels: Array | No
         x: [N, *shape] uint8, int32 or float32.
         labels: [N] or None.
     """
+    content = encode(ids, x, labels)
+    target = folder / path
+    target.parent.mkdir(exist_ok=True)
+    write_synced(target, content)
+    return part_of(path, len(x), content)
+
+
+def part_of(path: str, rows: int, content: bytes) -> Part:
+    """What the manifest says of a shard."""
+    return Part(path, rows, len(content), hashlib.sha256(content).hexdigest())
+
+
+def encode(ids: Array, x: Array, labels: Array | None) -> bytes:
+    """The bytes of one shard; arguments as `write_part`."""
     little = np.ascontiguousarray(x.astype(x.dtype.newbyteorder("<"), copy=False))
     width = little[0].nbytes
     values = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(x), [None, pa.py_buffer(little)])
@@ -58,14 +77,7 @@ def write_part(folder: Path, path: str, ids: Array, x: Array, labels: Array | No
     file = io.BytesIO()
     table = pa.Table.from_arrays(columns, schema=pa.schema(schema))
     pq.write_table(table, file, compression="zstd", use_dictionary=False, write_statistics=False)
-    return _write(folder, path, len(x), file.getvalue())
-
-
-def _write(folder: Path, path: str, rows: int, content: bytes) -> Part:
-    target = folder / path
-    target.parent.mkdir(exist_ok=True)
-    write_synced(target, content)
-    return Part(path, rows, len(content), hashlib.sha256(content).hexdigest())
+    return file.getvalue()
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -76,54 +88,71 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def load(folder: Path | str, split: str) -> Rows:
+def load(data: Path | str, split: str) -> Rows:
     """One split of a prepared dataset, in memory.
 
+    Args:
+        data: a folder or a URI such as s3://bucket/prefix.
+        split: "train", "valid" or "test".
     Raises: ValueError that names the file and the way out when a byte differs from the manifest.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}; expected one of {', '.join(SPLITS)}")
-    manifest = read_manifest(folder)
-    rows = manifest.rows[split]
-    x = torch.empty((rows, *manifest.shape), dtype=_TORCH[manifest.dtype])
-    ids = torch.empty(rows, dtype=torch.int64)
-    cond = torch.empty(rows, dtype=torch.int64) if manifest.classes else None
+    manifest = read_manifest(data)
+    rows = empty(manifest, manifest.rows[split])
     start = 0
     for part in manifest.parts:
         if part.split == split:
-            here = slice(start, start + part.rows)
-            _read_part(Path(folder), part, x[here], ids[here], None if cond is None else cond[here])
+            _decode(data, part, verified(data, part), rows[start : start + part.rows])
             start += part.rows
-    return Rows(x, cond, ids)
+    return rows
 
 
-def _read_part(folder: Path, part: Part, x: Tensor, ids: Tensor, cond: Tensor | None) -> None:
-    """Fills the three tensors from one file, after its sha256 was checked."""
-    table = pq.read_table(pa.BufferReader(_verified(folder, part))).combine_chunks()
-    if table.num_rows != part.rows or (cond is not None) != ("label" in table.column_names):
-        raise ValueError(f"{folder / part.path}: {table.num_rows} rows of {table.column_names} contradict the manifest")
+def read_part(data: Path | str, manifest: Manifest, part: Part) -> Rows:
+    """One shard, in memory; arguments and errors as `load`."""
+    rows = empty(manifest, part.rows)
+    _decode(data, part, verified(data, part), rows)
+    return rows
+
+
+def empty(manifest: Manifest, rows: int) -> Rows:
+    """Room for so many rows."""
+    x = torch.empty((rows, *manifest.shape), dtype=_TORCH[manifest.dtype])
+    cond = torch.empty(rows, dtype=torch.int64) if manifest.classes else None
+    return Rows(x, cond, torch.empty(rows, dtype=torch.int64))
+
+
+def verified(data: Path | str, part: Part) -> bytes:
+    """The bytes of a shard, after its length and sha256 were compared with the manifest's. Errors as `load`."""
+    try:
+        content = place(data).read(part.path)
+    except FileNotFoundError:
+        raise ValueError(f"{data}/{part.path}: no such file, but the manifest names it; {way_out(data)}") from None
+    check(data, part, len(content), hashlib.sha256(content).hexdigest())
+    return content
+
+
+def check(data: Path | str, part: Part, size: int, sha256: str) -> None:
+    """Raises: ValueError when a shard of `size` bytes with this sum is not what the manifest names."""
+    if size != part.bytes or sha256 != part.sha256:
+        raise ValueError(
+            f"{data}/{part.path}: {size} bytes with sha256 {sha256}; the manifest expects {part.bytes} bytes with "
+            f"{part.sha256}; {way_out(data)}"
+        )
+
+
+def _decode(data: Path | str, part: Part, content: bytes, into: Rows) -> None:
+    """Fills `into` from a shard's verified bytes."""
+    table = pq.read_table(pa.BufferReader(content)).combine_chunks()
+    if table.num_rows != part.rows or (into.cond is not None) != ("label" in table.column_names):
+        raise ValueError(f"{data}/{part.path}: {table.num_rows} rows of {table.column_names} contradict the manifest")
     values = table["x"].chunk(0)
     width = values.type.byte_width
-    if width != x[0].nbytes:
-        raise ValueError(f"{folder / part.path}: rows of {width} bytes; the manifest expects {x[0].nbytes}")
+    if width != into.x[0].nbytes:
+        raise ValueError(f"{data}/{part.path}: rows of {width} bytes; the manifest expects {into.x[0].nbytes}")
     stored = np.frombuffer(values.buffers()[1], np.uint8, part.rows * width, values.offset * width)
-    little = stored.view(x.numpy().dtype.newbyteorder("<"))
-    x.numpy()[...] = little.reshape(x.shape)
-    ids.numpy()[...] = table["id"].to_numpy()
-    if cond is not None:
-        cond.numpy()[...] = table["label"].to_numpy()
-
-
-def _verified(folder: Path, part: Part) -> bytes:
-    path = folder / part.path
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file, but the manifest names it; {way_out(folder)}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if len(content) != part.bytes or found != part.sha256:
-        raise ValueError(
-            f"{path}: {len(content)} bytes with sha256 {found}; the manifest expects {part.bytes} bytes with "
-            f"{part.sha256}; {way_out(folder)}"
-        )
-    return content
+    little = stored.view(into.x.numpy().dtype.newbyteorder("<"))
+    into.x.numpy()[...] = little.reshape(into.x.shape)
+    into.id.numpy()[...] = table["id"].to_numpy()
+    if into.cond is not None:
+        into.cond.numpy()[...] = table["label"].to_numpy()

@@ -206,7 +206,7 @@ def test_constant_train_data_are_refused_by_name(tmp_path: Path) -> None:
     x = np.zeros((20, 2))
     x[15:] = 1.0
     given = {"train": (0, 10), "valid": (10, 15), "test": (15, 20)}
-    with pytest.raises(ValueError, match=r"things: every value of train is 0\.0; expected data that vary"):
+    with pytest.raises(ValueError, match=r"things: every value of train is 0; expected data that vary"):
         write("things", raw_of(x, splits=given), Settings(), tmp_path / "out")
 
 
@@ -217,13 +217,13 @@ class Full(OSError):
 def full_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Any] = []
 
-    def write_part(*args: Any) -> shards.Part:
-        written.append(args)
+    def write_synced(path: Path, content: bytes) -> None:
+        written.append(path)
         if len(written) > count:
             raise Full
-        return shards.write_part(*args)
+        shards.write_synced(path, content)
 
-    monkeypatch.setattr(preparing, "write_part", write_part)
+    monkeypatch.setattr(preparing, "write_synced", write_synced)
 
 
 def test_prepare_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,15 +243,15 @@ def test_prepare_that_fails_leaves_the_earlier_one(moons: Path, monkeypatch: pyt
 
 
 def test_prepare_writes_the_manifest_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_synced(path: Path, content: bytes) -> None:
-        assert path.name == "manifest.json"
-        assert len(contents(path.parent)) == 5
-        raise Full
-
-    monkeypatch.setattr(preparing, "write_synced", write_synced)
+    full_after(5, monkeypatch)
     with pytest.raises(Full):
         prepare(MOONS, tmp_path / "moons")
     assert list(tmp_path.iterdir()) == []
+    names: list[str] = []
+    monkeypatch.setattr(preparing, "write_synced", lambda path, content: names.append(path.name))
+    prepare(MOONS, tmp_path / "moons")
+    assert names[-1] == "manifest.json" not in names[:-1]
+    assert len(names) == 6
 
 
 def test_prepare_replaces_an_earlier_one_wholly(moons: Path) -> None:

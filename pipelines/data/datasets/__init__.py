@@ -21,7 +21,9 @@ TABLE = {
     "pinwheel": "pipelines.data.datasets.pinwheel:Pinwheel",
     "image-folder": "pipelines.data.datasets.image_folder:ImageFolder",
     "npy": "pipelines.data.datasets.npy:Npy",
+    "parquet": "pipelines.data.datasets.parquet:Parquet",
 }
+INDEXED = ("image-folder", "parquet")  # those with an `index`, which can be read block by block
 
 
 def dataset_class(name: str, path: str = "dataset") -> type[Dataset]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from pipelines.data.raw import Array, Raw, Source
+from pipelines.data import images
+from pipelines.data.inputs import origin
+from pipelines.data.raw import Array, Chunk, Index, Raw, Source
+from pipelines.storage import place
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-MODES = ("1", "L", "P", "RGB", "LA", "RGBA", "CMYK", "YCbCr")  # eight bits a channel; deeper ones would be clipped
+BLOCK = 256  # images that are read together
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class ImageFolder:
     """8-bit images, all of one size; other files than images are passed over.
 
     Args:
-        path: the folder. Images in its subfolders are labelled by the subfolder, in alphabetical order.
+        path: the folder, file:// or s3://. Images in its subfolders are labelled by the subfolder, in alphabetical
+            order.
         size: crop to the central square and resize to size x size (bicubic, antialiased); None takes the images as
             they are, which must then be of one size.
         channels: 1 (grey) or 3 (RGB).
@@ -34,88 +37,82 @@ class ImageFolder:
     licence: str = "not stated"
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"size: {self.size}; expected at least 1, or None")
-        if self.channels not in (1, 3):
-            raise ValueError(f"channels: {self.channels}; expected 1 or 3")
+        images.check_settings(self.size, self.channels)
 
     def read(self, seed: int) -> Raw:
-        folder = Path(self.path).expanduser()
-        files = _image_files(folder)
-        classes, labels = _classes(folder, files)
-        listing = hashlib.sha256()
-        images: list[Array] = []
-        for file in files:
-            images.append(self._image(file, images[0].shape if images else None))
-            listing.update(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {_below(file, folder)}\n".encode())
-        return Raw(
-            x=np.stack(images),
-            kind="image",
-            levels=256,
-            labels=labels,
-            classes=len(classes),
-            class_names=classes,
-            licence=self.licence,
-            source=Source("a local folder of images", {f"sha256sum of {len(files)} files": listing.hexdigest()}),
-        )
+        return self.index().read("image-folder")
 
-    def _image(self, file: Path, expected: tuple[int, ...] | None) -> Array:
-        """[C, H, W] uint8."""
-        image = _open(file).convert("L" if self.channels == 1 else "RGB")
-        if self.size is not None:
-            image = _central_square(image).resize((self.size, self.size), Image.Resampling.BICUBIC)
-        x = np.asarray(image)
-        x = x[None] if self.channels == 1 else x.transpose(2, 0, 1)  # [C, H, W]
-        if expected is not None and x.shape != expected:
-            raise ValueError(
-                f"image-folder: {file}: {x.shape[2]} x {x.shape[1]} pixels; the images before it have "
-                f"{expected[2]} x {expected[1]}; give size to crop and resize all of them"
+    def index(self) -> Index:
+        names = self._names()
+        classes, labels = _classes(self.path, names)
+        shape = _Images(self, tuple(names[:1]), None, None).read().x.shape[1:]
+
+        def about(sums: Sequence[tuple[str, str]], top: int | None) -> Raw:
+            listing = "".join(f"{sha256}  {name}\n" for name, sha256 in sums)
+            return Raw(
+                x=np.empty(0, np.uint8),
+                kind="image",
+                levels=256,
+                classes=len(classes),
+                class_names=classes,
+                licence=self.licence,
+                source=Source(
+                    origin(self.path, "folder of images"),
+                    {f"sha256sum of {len(names)} files": hashlib.sha256(listing.encode()).hexdigest()},
+                ),
             )
-        return x
+
+        blocks = []
+        for start in range(0, len(names), BLOCK):
+            here = slice(start, start + BLOCK)
+            blocks.append(_Images(self, tuple(names[here]), None if labels is None else labels[here], shape))
+        return Index(blocks, about)
+
+    def _names(self) -> list[str]:
+        where = place(self.path)
+        if where.local and not where.local.is_dir():
+            raise ValueError(f"image-folder: {self.path}: no such folder")
+        files = [entry.name for entry in where.list()]
+        names = [n for n in files if n.lower().endswith(SUFFIXES) and not n.rpartition("/")[2].startswith(".")]
+        if not names:
+            raise ValueError(
+                f"image-folder: {self.path}: no image in it; expected files ending in {', '.join(SUFFIXES)}"
+            )
+        return sorted(names)
 
 
-def _central_square(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """Some files of the folder, of one shape where it is known."""
+
+    folder: ImageFolder
+    names: tuple[str, ...]
+    labels: Array | None
+    shape: tuple[int, ...] | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.names)
+
+    def count(self) -> int:
+        return self.rows
+
+    def read(self) -> Chunk:
+        where = place(self.folder.path)
+        files = [(name, where.read(name)) for name in self.names]
+        labelled = [(f"image-folder: {self.folder.path.rstrip('/')}/{name}", content) for name, content in files]
+        x = images.stack(labelled, self.folder.size, self.folder.channels, self.shape)
+        return Chunk(x, self.labels, tuple((name, hashlib.sha256(content).hexdigest()) for name, content in files))
 
 
-def _below(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).as_posix()
-
-
-def _image_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"image-folder: {folder}: no such folder")
-    found = [file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
-    files = sorted((f for f in found if not f.name.startswith(".")), key=lambda f: _below(f, folder))
-    if not files:
-        raise ValueError(f"image-folder: {folder}: no image in it; expected files ending in {', '.join(SUFFIXES)}")
-    return files
-
-
-def _classes(folder: Path, files: list[Path]) -> tuple[tuple[str, ...], Array | None]:
+def _classes(folder: str, names: list[str]) -> tuple[tuple[str, ...], Array | None]:
     """(class names, [N] labels): none when all images lie in the folder itself."""
-    tops = [_below(file, folder).split("/")[:-1][:1] for file in files]
+    tops = [name.split("/")[:-1][:1] for name in names]
     if not any(tops):
         return (), None
     if not all(tops):
-        loose = _below(files[tops.index([])], folder)
+        loose = names[tops.index([])]
         raise ValueError(f"image-folder: {folder}: {loose} lies beside the classes' subfolders; expected it in one")
-    names = sorted({top[0] for top in tops})
-    return tuple(names), np.array([names.index(top[0]) for top in tops], np.int32)
-
-
-def _open(file: Path) -> Image.Image:
-    """The decoded, upright image. Raises: ValueError that names the file for what cannot be taken as it is."""
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image-folder: {file}: unreadable image ({error})") from error
-    if image.mode not in MODES:
-        raise ValueError(f"image-folder: {file}: mode {image.mode}; expected 8 bits a channel")
-    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-        raise ValueError(f"image-folder: {file}: transparent pixels; expected an opaque image")
-    return image
+    classes = sorted({top[0] for top in tops})
+    number = {name: i for i, name in enumerate(classes)}
+    return tuple(classes), np.array([number[top[0]] for top in tops], np.int32)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from dgm_models.protocols import KINDS, Kind
-from pipelines.data.raw import Array, Raw, Source
+from pipelines.data.inputs import file_of, origin
+from pipelines.data.raw import Array, Raw, Source, top_label
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Npy:
     """Rows from a .npy file, with labels from a second one if wanted.
 
     Args:
-        path: [N, *shape]: image [N, C, H, W], vector [N, D], tokens [N, T], audio [N, C, T], codes [N, ...].
+        path: a file, file:// or s3://, of [N, *shape]: image [N, C, H, W], vector [N, D], tokens [N, T],
+            audio [N, C, T], codes [N, ...].
         levels: the values are the integers 0..levels-1; None for real numbers, stored as float32.
         kind: what one row is.
         labels: a .npy file of N integers from 0; None without labels.
@@ -49,20 +51,20 @@ class Npy:
             kind=self.kind,
             levels=self.levels,
             labels=labels,
-            classes=int(labels.max()) + 1 if labels is not None and labels.size and labels.dtype.kind in "iu" else 0,
+            classes=0 if (top := top_label(labels)) is None else top + 1,
             licence=self.licence,
-            source=Source("a local .npy file", sums),
+            source=Source(origin(self.path, ".npy file"), sums),
         )
 
 
 def _load(path: str) -> tuple[Array, dict[str, str]]:
     """The array and {file name: sha256}. Raises: ValueError that names the file."""
-    file = Path(path).expanduser()
+    where, name = file_of(path)
     try:
-        array = np.load(file, allow_pickle=False)
-        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        content = where.read(name)
+        array = np.load(io.BytesIO(content), allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"npy: {path}: {error}; expected a .npy file of numbers") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"npy: {path}: an archive of several arrays; expected one .npy array")
-    return array, {file.name: sha256}
+    return array, {name: hashlib.sha256(content).hexdigest()}
