@@ -9,6 +9,7 @@ import sys
 def main() -> None:
     """Runs one verb; what a user can get wrong ends with one line and status 2."""
     from pipelines.cli import app
+    from pipelines.cluster import JobFailed
 
     if os.environ.get("DVC_STAGE"):
         _die_with_parent()
@@ -19,6 +20,9 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except JobFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _die_with_parent() -> None:

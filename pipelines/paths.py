@@ -91,6 +91,11 @@ def scratch() -> Path:
     return root() / ".dgm"
 
 
+def ticket() -> Path:
+    """What a job's submitter knows and the cluster cannot; there inside of a job alone."""
+    return root() / "job.json"
+
+
 def params_files() -> tuple[Path, ...]:
     """params.yaml, and the zoo's where there is one."""
     files = (root() / "params.yaml", root() / "zoo" / "params.yaml")

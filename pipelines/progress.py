@@ -4,31 +4,49 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.storage import Place
+
+FILE = "progress.json"
+
+
+def tell(where: Place, step: int, metrics: dict[str, Any]) -> None:
+    """Writes how far the work is, for `bar` on any machine."""
+    where.write(FILE, json.dumps({"step": step, "metrics": metrics}).encode())
 
 
 @contextmanager
-def bar(title: str, total: int, file: Path) -> Iterator[None]:
-    """A bar that follows the `step` in a JSON file, with the metrics beside it, for the time of the block."""
+def bar(title: str, total: int, where: Place, waiting: str) -> Iterator[Callable[[str], None]]:
+    """A bar that follows what `tell` wrote, for the time of the block.
+
+    Args:
+        title: what is being done.
+        total: the last step.
+        where: the folder that `tell` writes to.
+        waiting: what is said before the first step.
+    Returns: a function that prints text above the bar.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.text import Text
 
-    file.unlink(missing_ok=True)
     columns = (TextColumn(title), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"), console=console) as progress:
-        task = progress.add_task(title, total=total, metrics="starting Ray")
+        task = progress.add_task(title, total=total, metrics=waiting)
         stop = threading.Event()
 
         def follow() -> None:
-            while not stop.wait(0.3):
+            while not stop.wait(0.3 if where.local else 1.0):
                 update()
 
         def update() -> None:
             try:
-                found = json.loads(file.read_text())
+                found = json.loads(where.read(FILE))
             except (OSError, ValueError):
                 return
             words = " ".join(f"{name} {value:.4g}" for name, value in list(found["metrics"].items())[:3])
@@ -37,8 +55,8 @@ def bar(title: str, total: int, file: Path) -> Iterator[None]:
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
         try:
-            yield
+            yield lambda text: console.print(Text(text.rstrip("\n")), soft_wrap=True)
         finally:
             stop.set()
-            thread.join()
+            thread.join(5.0)
             update()

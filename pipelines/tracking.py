@@ -65,6 +65,12 @@ def tracking_uri(root: Path | None = None) -> str:
     return given or f"sqlite:///{(root or paths.root()).resolve() / DATABASE}"
 
 
+def shared_uri(given: str | None) -> str | None:
+    """The tracker that every machine can reach: MLFLOW_TRACKING_URI or the URI given, None when it is a file."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or given or ""
+    return None if not uri or uri.startswith(("sqlite", "file:", "/")) or "://" not in uri else uri
+
+
 def artifact_root(uri: str) -> str | None:
     """Where a new experiment keeps its files: None lets a server decide.
 

@@ -11,9 +11,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any
 
 import optuna
@@ -24,10 +24,11 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
-from pipelines import files
-from pipelines.cluster.store import RunStore
+from pipelines import progress
+from pipelines.cluster.store import Fenced, RunStore, ray_storage
 from pipelines.cluster.worker import Job, publish_artifact, trainer_of
 from pipelines.params import Cluster, Run, Search, with_values
+from pipelines.storage import place
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Plan:
         search: the settings.
         base: the run that is varied.
         datasets: names, for checking.
-        root: the project's folder on the workers.
-        data: folder of the prepared dataset.
+        root: the project's folder, "" on a cluster where every worker has the job's folder.
+        data: folder or URI of the prepared dataset.
         storage: the run store.
         data_digest: of the dataset.
         git: commit and dirty flag, for the lineage.
@@ -64,7 +65,7 @@ class Plan:
     def job(self, run: Run) -> Job:
         from pipelines.stages import train
 
-        return train.job(run, Path(self.data), self.data_digest, self.storage, self.git)
+        return train.job(run, self.data, self.data_digest, self.storage, self.git)
 
     def rung_steps(self) -> list[int]:
         """The steps at which a trial reports: evenly from the grace period to the end."""
@@ -77,10 +78,9 @@ def valid_fid(plan: Plan, method: Any) -> float:
     """The evaluation's Frechet estimator against the valid split; infinite when the samples collapse."""
     import dgm_models
     from dgm_models.metrics.frechet import frechet
-    from pipelines.data import shards
     from pipelines.stages.evaluate import extractor_of
 
-    valid = shards.load(Path(plan.data), "valid").x
+    valid = _valid(plan.data)
     n = min(len(valid), plan.max_samples)
     extractor = extractor_of(plan.base.dataset, method.data.dims)
     if extractor is None:
@@ -92,6 +92,13 @@ def valid_fid(plan: Plan, method: Any) -> float:
         return float("inf")
 
 
+@lru_cache(maxsize=1)
+def _valid(data: str) -> Any:
+    from pipelines.data.source import source_of
+
+    return source_of(data, "valid", None).x
+
+
 def train_here(plan: Plan, run: Run, rung: Callable[[int, float], None] | None = None) -> tuple[float, str]:
     """Trains a run in this process, from its newest checkpoint; calls `rung(step, fid)` at every rung.
 
@@ -100,7 +107,8 @@ def train_here(plan: Plan, run: Run, rung: Callable[[int, float], None] | None =
     import dgm_models
     from dgm_models.training.runtime import Runtime
 
-    os.environ["DGM_ROOT"] = plan.root
+    if plan.root:
+        os.environ["DGM_ROOT"] = plan.root
     torch.set_num_threads(1)
     job = plan.job(run)
     store = RunStore(job.storage, job.digest)
@@ -114,16 +122,20 @@ def train_here(plan: Plan, run: Run, rung: Callable[[int, float], None] | None =
 
         def report(step: int, metrics: Mapping[str, float]) -> None:
             if rung and step in rungs and step < run.train.steps:
-                store.save(step, trainer.save)  # before the report: a stopped trial never returns from it
+                with suppress(Fenced):  # another trial trains the same params, and stores them
+                    store.save(step, trainer.save)  # before the report: a stopped trial never returns from it
                 weights = trainer.final()
                 rung(step, valid_fid(plan, replace_model(method, weights)))
 
         started = time.perf_counter()
         trainer.run(report)
         facts = {"world": 1, "seconds": round(time.perf_counter() - started, 3)}
-        publish_artifact(job, method, trainer, store, facts)
-    with store.fetched("artifact") as folder:
-        method = dgm_models.load(folder)
+        with suppress(Fenced):
+            publish_artifact(job, method, trainer.final_state(), trainer.history, store, facts)
+        method = replace_model(method, trainer.final())
+    else:
+        with store.fetched("artifact") as folder:
+            method = dgm_models.load(folder)
     value = valid_fid(plan, method)
     if rung:
         rung(run.train.steps, value)
@@ -169,20 +181,24 @@ def _lookup(section: Any, names: list[str]) -> Any:
     return section
 
 
-def search(ray: Any, plan: Plan, digest: str, cluster: Cluster, progress: Path) -> list[dict[str, Any]]:
+def search(ray: Any, plan: Plan, digest: str, cluster: Cluster, where: str) -> list[dict[str, Any]]:
     """Runs, or restores, the search under its digest.
 
+    Args:
+        where: URI of the folder that says how far it is.
     Returns: one row a trial: {trial, values, fid, step, seconds, state}.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     steps, settings = plan.base.train.steps, plan.search
     rungs = plan.rung_steps()
-    name = f"search-{digest}"
+    folder, filesystem = ray_storage(f"{plan.storage}/tune")
+    name = digest
     trainable = tune.with_resources(partial(trial, plan), {"cpu": cluster.cpus, "gpu": int(cluster.gpu)})
-    if tune.Tuner.can_restore(f"{plan.storage}/{name}"):
+    if tune.Tuner.can_restore(f"{folder}/{name}", storage_filesystem=filesystem):
         tuner = tune.Tuner.restore(
-            f"{plan.storage}/{name}", trainable=trainable, resume_errored=True, resume_unfinished=True
-        )
+            f"{folder}/{name}", trainable=trainable, resume_errored=True, resume_unfinished=True,
+            storage_filesystem=filesystem,
+        )  # fmt: skip
     else:
         own = as_written(plan)
         algorithm = OptunaSearch(
@@ -199,7 +215,8 @@ def search(ray: Any, plan: Plan, digest: str, cluster: Cluster, progress: Path) 
                 ),
             ),
             run_config=tune.RunConfig(
-                name=name, storage_path=plan.storage, verbose=0, callbacks=[TrialProgress(progress)]
+                name=name, storage_path=folder, storage_filesystem=filesystem, verbose=0,
+                callbacks=[TrialProgress(where)],
             ),
         )  # fmt: skip
     results = tuner.fit()
@@ -218,15 +235,15 @@ def search(ray: Any, plan: Plan, digest: str, cluster: Cluster, progress: Path) 
 class TrialProgress(Callback):  # type: ignore[misc]
     """Writes the number of finished trials, and the best value so far, for the progress bar."""
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.done, self.best = file, 0, float("inf")
+    def __init__(self, where: str) -> None:
+        self.where, self.done, self.best = where, 0, float("inf")
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
         self.best = min(self.best, result["fid"])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self.done += 1
-        files.write_json(self.file, {"step": self.done, "metrics": {"best_fid": self.best}})
+        progress.tell(place(self.where), self.done, {"best_fid": self.best})
 
 
 def _domain(space: Any) -> Any:

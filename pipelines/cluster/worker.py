@@ -36,38 +36,72 @@ class Job:
     lineage: Mapping[str, Any]
 
 
-def source_of(data: str, split: str, seed: int | None) -> Any:
-    """One split of a prepared dataset as a Source."""
-    from dgm_models.training.source import ArraySource
-    from pipelines.data import shards
-
-    rows = shards.load(Path(data), split)
-    return ArraySource(rows.x, shards.read_manifest(Path(data)).spec(), rows.cond, rows.id, seed)
-
-
 def trainer_of(job: Job, runtime: Any) -> tuple[Any, Any]:
     """The untrained method of a job, and a trainer for it."""
     from dgm_models.training.trainer import Trainer
+    from pipelines.data.source import source_of
     from pipelines.params import build_method
 
     run = job.run
-    source = source_of(job.data, "train", run.seed)
+    source = source_of(job.data, "train", run.seed, run.stream, run.train.batch_size)
     valid = source_of(job.data, "valid", None) if run.train.validate_every else None
     method = build_method(run, source.spec)
     trainer = Trainer(method.model, method.objective, source, run.train, run.optim, run.seed, runtime, valid)
     return method, trainer
 
 
-def train(job: Job, runtime: Any, report: Callable[[int, dict[str, float]], None]) -> None:
+class Notices:
+    """Asks, about once a second and at the same step on every rank, whether this training is to lose its place soon.
+
+    Args:
+        runtime: this worker's place.
+        nodes: the nodes that are about to go, "" for none; asked and answered alike on every rank.
+        stopping: whether the driver is about to end; asked on the chief alone.
+    """
+
+    INTERVAL_S = 1.0
+
+    def __init__(self, runtime: Any, nodes: Callable[[], str], stopping: Callable[[], bool]) -> None:
+        self.runtime, self.nodes, self.stopping = runtime, nodes, stopping
+        self.asked_at, self.asked_step, self.span, self.known = time.monotonic(), 0, 1, ("", False)
+
+    def __call__(self, step: int) -> bool:
+        """True once for every new notice."""
+        if step < self.asked_step + self.span:
+            return False
+        facts = torch.zeros(2, device=self.runtime.device)
+        if self.runtime.chief:
+            pace = (step - self.asked_step) / max(time.monotonic() - self.asked_at, 1e-6)
+            facts += torch.tensor([max(1.0, min(pace * self.INTERVAL_S, 10.0 * self.span)), self.stopping()])
+        self.runtime.sum([facts])  # every rank asks next at the step that the chief's clock says
+        found = (self.nodes(), bool(facts[1]))
+        new = found not in (self.known, ("", False))
+        self.asked_at, self.asked_step, self.span, self.known = time.monotonic(), step, int(facts[0]), found
+        return new
+
+
+def train(
+    job: Job,
+    runtime: Any,
+    report: Callable[[int, dict[str, float]], None],
+    notices: Notices | None = None,
+    on_notice: Callable[[], None] = lambda: None,
+) -> None:
     """Trains to the end, from the newest intact checkpoint; every rank calls it alike.
 
     Args:
         job: what to train.
         runtime: this worker's place.
         report: called on every rank with (step, metrics) at every interval.
+        notices: asked after every step; a new notice makes a checkpoint at once, and training goes on.
+        on_notice: called on the chief when that checkpoint is stored.
+    Raises: Fenced when another group of workers has taken this run over.
     """
     store = RunStore(job.storage, job.digest)
     method, trainer = trainer_of(job, runtime)
+    if runtime.chief:
+        store.claim()
+    runtime.barrier()  # the newest checkpoint is the same for every rank once no earlier owner can add one
     with store.newest() as folder:
         if folder:
             trainer.load(folder)
@@ -75,23 +109,36 @@ def train(job: Job, runtime: Any, report: Callable[[int, dict[str, float]], None
     runtime.barrier()  # no rank may write step N+1 while another still reads step N
 
     def save(trainer: Any) -> None:
+        snapshot = trainer.snapshot()
         if runtime.chief:
-            store.save(trainer.step_number, trainer.save)
+            store.save(trainer.step_number, snapshot.write)
         runtime.barrier()
 
+    def heed(step: int) -> None:
+        if notices and notices(step):
+            save(trainer)
+            if runtime.chief:
+                log.warning("runs.%s: notice: step %d is saved", job.run.key, step)
+                on_notice()
+
     started = time.perf_counter()
-    trainer.run(report, save)
+    trainer.run(report, save, heed)
+    weights = trainer.final_state()
     if runtime.chief:
         seconds = round(time.perf_counter() - started, 3)
         facts = {"world": runtime.world, "resumed_at": resumed, "seconds": seconds}
-        publish_artifact(job, method, trainer, store, facts)
+        publish_artifact(job, method, weights, trainer.history, store, facts)
     runtime.barrier()
 
 
-def publish_artifact(job: Job, method: Any, trainer: Any, store: RunStore, facts: Mapping[str, Any]) -> None:
+def publish_artifact(
+    job: Job, method: Any, weights: Mapping[str, Any], history: Any, store: RunStore, facts: Mapping[str, Any]
+) -> None:
     """The weights that the training hands on, with their curves, as a sealed folder in the store.
 
     Args:
+        weights: by name, as the method's model has them.
+        history: (step, metrics) of every report.
         facts: what happened on the way, for the lineage: workers, the step of the last resume (0 for none), and
             the seconds of the loop since then.
     """
@@ -100,11 +147,11 @@ def publish_artifact(job: Job, method: Any, trainer: Any, store: RunStore, facts
     from dgm_models import method as library
     from dgm_models.training import checkpoint
 
-    method.model.load_state_dict(trainer.final().state_dict())
+    method.model.load_state_dict(weights)
     with tempfile.TemporaryDirectory(prefix="dgm-") as folder:
-        lineage = {**job.lineage, **facts, "steps": trainer.step_number}
+        lineage = {**job.lineage, **facts, "steps": history[-1][0]}
         artifact = library.save(method, Path(folder, "artifact"), lineage=lineage)
-        lines = (json.dumps({"step": step, "metrics": metrics}, sort_keys=True) for step, metrics in trainer.history)
+        lines = (json.dumps({"step": step, "metrics": metrics}, sort_keys=True) for step, metrics in history)
         (artifact / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
         checkpoint.seal(artifact)
         store.publish("artifact", artifact)
@@ -113,6 +160,7 @@ def publish_artifact(job: Job, method: Any, trainer: Any, store: RunStore, facts
 
 def ray_worker(config: Mapping[str, Any]) -> None:
     """The function that Ray Train runs on every worker."""
+    import ray
     import ray.train
     import ray.train.torch
     import torch.distributed as dist
@@ -120,14 +168,21 @@ def ray_worker(config: Mapping[str, Any]) -> None:
     from dgm_models.training.runtime import Runtime
 
     job: Job = config["job"]
+    cluster, notice = config["cluster"], config["notice"]
     torch.set_num_threads(job.run.train.threads)
     device = ray.train.torch.get_device()
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        runtime = Runtime.of_process_group(device, job.run.train.precision)
-    else:
-        runtime = Runtime(device, precision=job.run.train.precision)
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    runtime = Runtime(
+        device, 0 if alone else dist.get_rank(), 1 if alone else dist.get_world_size(), job.run.train.precision,
+        shard=cluster.shard, checkpoint_activations=cluster.checkpoint_activations,
+    )  # fmt: skip
+
+    def nodes() -> str:
+        found = ray.train.get_preemption_info()
+        return ",".join(sorted(found.preempted_node_to_ranks)) if found else ""
 
     def report(step: int, metrics: dict[str, float]) -> None:
         ray.train.report({"step": step, **metrics})
 
-    train(job, runtime, report)
+    notices = Notices(runtime, nodes, lambda: ray.get(notice.given.remote()))
+    train(job, runtime, report, notices, lambda: ray.get(notice.saved.remote()))

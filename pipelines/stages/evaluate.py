@@ -257,7 +257,7 @@ def extractor_stage(dataset: str, out: Path, params: Params) -> dict[str, Any]:
     from pipelines.data import shards
     from pipelines.stages.train import train
 
-    train(params.extractors[dataset], out, params)
+    train(params.extractors[dataset], out, params, "extractor")
     method = dgm_models.load(out)
     test = shards.load(paths.data(dataset), "test")
     _, probabilities = Extractor(dataset, "", method)(test.x)

@@ -10,13 +10,17 @@ import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines import files, paths
 from pipelines.cluster.store import RunStore
 from pipelines.cluster.worker import Job
+from pipelines.data.manifest import FILE as MANIFEST
 from pipelines.params import Params, Run, canonical_digest, identity, with_values
 from pipelines.progress import bar
+
+if TYPE_CHECKING:
+    from pipelines.cluster.submission import Work
 
 log = logging.getLogger("dgm.train")
 
@@ -35,15 +39,21 @@ def code_digest(method: str) -> str:
 
 
 def run_digest(run: Run, data_digest: str) -> str:
-    """The identity of a training: params, data, code, seed and the torch that computes."""
+    """The identity of a training: params, data, code, seed and the torch that computes, whatever it was built for."""
     import torch
 
-    parts = {"run": identity(run), "data": data_digest, "code": code_digest(run.method), "torch": torch.__version__}
+    version = torch.__version__.split("+")[0]  # a laptop's CPU build submits to a cluster's CUDA build
+    parts = {"run": identity(run), "data": data_digest, "code": code_digest(run.method), "torch": version}
     return canonical_digest(parts)[:32]
 
 
 def git_state() -> dict[str, Any]:
-    """Commit and whether tracked files differ from it; a project without git says null."""
+    """Commit and whether tracked files differ from it; a project without git says null; a job, its submitter's."""
+    from pipelines.cluster import submission
+
+    submitted = submission.ticket()
+    if submitted:
+        return dict(submitted["git"])
 
     def git(*words: str) -> str | None:
         done = subprocess.run(["git", *words], cwd=paths.root(), capture_output=True, text=True, check=False)
@@ -54,11 +64,14 @@ def git_state() -> dict[str, Any]:
 
 
 def job_of(run: Run, params: Params) -> Job:
-    """The training of a run, with its identity and lineage; the dataset must be prepared."""
+    """The training of a run, with its identity and lineage; the prepared dataset is staged where a cluster is set."""
+    from pipelines.cluster.session import configured
     from pipelines.data import shards
+    from pipelines.data.stage import stage
 
-    folder = paths.data(run.dataset)
-    return job(run, folder, shards.read_manifest(folder).digest, storage_of(params), git_state())
+    folder, storage = paths.data(run.dataset), storage_of(params)
+    data = stage(folder, storage) if configured(params.cluster) else str(folder.absolute())
+    return job(run, data, shards.read_manifest(folder).digest, storage, git_state())
 
 
 def storage_of(params: Params) -> str:
@@ -67,8 +80,8 @@ def storage_of(params: Params) -> str:
     return storage if "://" in storage else str((paths.root() / storage).absolute())
 
 
-def job(run: Run, folder: Path, data_digest: str, storage: str, git: Mapping[str, Any]) -> Job:
-    """A training on known data: its digest, and the lineage that its artifact will carry."""
+def job(run: Run, data: str, data_digest: str, storage: str, git: Mapping[str, Any]) -> Job:
+    """A training on known data, a folder or a URI: its digest, and the lineage that its artifact will carry."""
     import torch
 
     digest = run_digest(run, data_digest)
@@ -83,7 +96,12 @@ def job(run: Run, folder: Path, data_digest: str, storage: str, git: Mapping[str
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **git,
     }
-    return Job(run, str(folder.absolute()), storage, digest, lineage)
+    return Job(run, data, storage, digest, lineage)
+
+
+def best_of(search: str) -> Path:
+    """Where a search says what it chose."""
+    return paths.search(search) / "best.json"
 
 
 def tuned_run(key: str, params: Params) -> Run:
@@ -91,7 +109,7 @@ def tuned_run(key: str, params: Params) -> Run:
     import json
 
     search = params.tuned[key]
-    file = paths.search(search) / "best.json"
+    file = best_of(search)
     if not file.is_file():
         raise ValueError(f"tuned.{key}: {file.relative_to(paths.code())} is missing; run `dgm tune {search}` first")
     best = json.loads(file.read_text())
@@ -103,26 +121,54 @@ def resolve(key: str, params: Params) -> Run:
     return tuned_run(key, params) if key in params.tuned else params.run(key)
 
 
-def train(run: Run, out: Path, params: Params) -> Mapping[str, Any]:
-    """Trains a run through Ray Train, or takes the finished artifact of the same digest from the store.
+def work_of(run: Run, job: Job, verb: str, params: Params) -> Work:
+    """A training as a cluster's work: its dataset's manifest goes along, and what a tuned run was chosen by."""
+    from pipelines.cluster.submission import Work
+
+    inputs = [paths.data(run.dataset) / MANIFEST]
+    if run.key in params.tuned:
+        inputs.append(best_of(params.tuned[run.key]))
+    return Work(verb, run.dataset if verb == "extractor" else run.key, job.digest, tuple(inputs), run.train.steps)
+
+
+def ensure(run: Run, params: Params, verb: str = "train") -> Job:
+    """Sees to it that the run store holds the run's finished artifact: it is there, or is trained here or as a job."""
+    from pipelines.cluster import session, submission
+
+    job = job_of(run, params)
+    submission.check_digest(job.digest)
+    if RunStore(job.storage, job.digest).has_artifact():
+        log.warning("runs.%s: digest %s is in the store already: nothing to train", run.key, job.digest[:12])
+    elif session.job_server(params.cluster):
+        submission.call(work_of(run, job, verb, params), params)
+    else:
+        train_here(job, params)
+    return job
+
+
+def train_here(job: Job, params: Params) -> None:
+    """Trains through Ray Train on this machine's Ray, or on the cluster that this process is part of."""
+    from pipelines.cluster import session
+    from pipelines.storage import place
+
+    where, curves = place(job.storage).at(job.digest), curves_of(job, params)
+    with session.session(params.cluster), bar(f"train {job.run.key}", job.run.train.steps, where, "starting Ray"):
+        from pipelines.cluster.callback import Watch
+
+        session.fit(job, params.cluster, [Watch(curves, where.uri)])
+    if curves:
+        curves.finish("FINISHED")
+
+
+def train(run: Run, out: Path, params: Params, verb: str = "train") -> Mapping[str, Any]:
+    """Trains a run through Ray Train, or takes the finished artifact of the same digest from the store, into `out`.
 
     Returns: the artifact's lineage.
     """
     from dgm_models.training import checkpoint
-    from pipelines.cluster import session
 
-    job = job_of(run, params)
-    store = RunStore(job.storage, job.digest)
-    if store.has_artifact():
-        log.warning("runs.%s: digest %s is in the store already: nothing to train", run.key, job.digest[:12])
-    else:
-        curves, progress = curves_of(job, params), paths.scratch() / "progress" / f"{job.digest}.json"
-        with session.session(params.cluster), bar(f"train {run.key}", run.train.steps, progress):
-            from pipelines.cluster.callback import Watch
-
-            session.fit(job, params.cluster, [Watch(curves, progress)])
-        curves.finish("FINISHED")
-    with store.fetched("artifact") as folder, files.whole(out, seal=True) as copy:
+    job = ensure(run, params, verb)
+    with RunStore(job.storage, job.digest).fetched("artifact") as folder, files.whole(out, seal=True) as copy:
         shutil.copytree(folder, copy, dirs_exist_ok=True)
         spec = checkpoint.read_document(copy, "spec")
         spec["lineage"]["run"] = run.key  # the same training may have been a search's trial
@@ -132,9 +178,15 @@ def train(run: Run, out: Path, params: Params) -> Mapping[str, Any]:
 
 
 def curves_of(job: Job, params: Params) -> Any:
-    """The MLflow run of a training's curves; constructing it touches nothing."""
-    from pipelines.tracking import Curves
+    """The MLflow run of a training's curves; constructing it touches nothing. None in a job that no tracker serves:
+    the submitter's registration sends the artifact's curves."""
+    from pipelines import tracking
+    from pipelines.cluster import submission
 
     tags = {name: str(job.lineage[name]) for name in ("git_commit", "git_dirty", "data_digest", "seed")}
     uri = os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri
-    return Curves(job.run.key, job.digest, job.run.dataset, identity(job.run), tags, paths.scratch() / "spool", uri=uri)
+    if submission.ticket() and tracking.shared_uri(uri) is None:
+        return None
+    return tracking.Curves(
+        job.run.key, job.digest, job.run.dataset, identity(job.run), tags, paths.scratch() / "spool", uri=uri
+    )

@@ -7,53 +7,101 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import shutil
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dgm_models.construct import plain
+from dgm_models.training import checkpoint
 from pipelines import files, paths
 from pipelines.cluster.store import RunStore
 from pipelines.params import Params, canonical_digest
 from pipelines.progress import bar
+
+if TYPE_CHECKING:
+    from pipelines.cluster.submission import Work
+
+log = logging.getLogger("dgm.tune")
 
 AS_WRITTEN = "as written"
 
 
 def plan_of(key: str, params: Params) -> Any:
     from pipelines.cluster.search import Plan
-    from pipelines.data import shards
-    from pipelines.stages.train import git_state, storage_of
+    from pipelines.stages.train import job_of
 
     search = params.searches[key]
     base = params.run(search.run)
-    data = paths.data(base.dataset)
+    job = job_of(base, params)
+    git = {name: job.lineage[name] for name in ("git_commit", "git_dirty")}
     return Plan(
-        search, base, tuple(params.datasets), str(paths.root()), str(data.absolute()), storage_of(params),
-        shards.read_manifest(data).digest, git_state(), params.evaluation.seed, params.evaluation.max_samples,
+        search, base, tuple(params.datasets), "" if paths.ticket().is_file() else str(paths.root()), job.data,
+        job.storage, job.lineage["data_digest"], git, params.evaluation.seed, params.evaluation.max_samples,
     )  # fmt: skip
 
 
-def tune_stage(key: str, out: Path, params: Params) -> dict[str, Any]:
-    """Searches, retrains the finalists, and writes what was found."""
-    from pipelines.cluster import search as driver
-    from pipelines.cluster import session
+def digest_of(key: str, plan: Any, params: Params) -> str:
+    """The identity of a search: the run that it varies, its settings, and what measures its trials."""
     from pipelines.data import shards
     from pipelines.stages.evaluate import extractor_of
     from pipelines.stages.train import run_digest
 
-    plan = plan_of(key, params)
-    settings = plan.search
-    base_digest = run_digest(plan.base, plan.data_digest)
-    extractor = extractor_of(plan.base.dataset, shards.read_manifest(Path(plan.data)).spec().dims)
+    dataset = plan.base.dataset
+    extractor = extractor_of(dataset, shards.read_manifest(paths.data(dataset)).spec().dims)
     if extractor is None:
-        raise ValueError(f"searches.{key}: {plan.base.dataset} has no extractor to compare samples by")
-    parts = {"run": base_digest, "search": plain(settings), "evaluation": plain(params.evaluation)}
-    digest = canonical_digest(parts | {"extractor": extractor.sha256})[:24]
-    progress = paths.scratch() / "progress" / f"{digest}.json"
+        raise ValueError(f"searches.{key}: {dataset} has no extractor to compare samples by")
+    parts = {"run": run_digest(plan.base, plan.data_digest), "search": plain(plan.search)}
+    parts |= {"evaluation": plain(params.evaluation), "extractor": extractor.sha256}
+    return "search-" + canonical_digest(parts)[:24]
+
+
+def work_of(key: str, params: Params) -> Work:
+    """A search as a cluster's work: its dataset's manifest and its extractor go along."""
+    from pipelines.cluster.submission import Work
+    from pipelines.data.manifest import FILE
+
+    plan = plan_of(key, params)
+    inputs = (paths.data(plan.base.dataset) / FILE, paths.extractor(plan.base.dataset))
+    return Work("tune", key, digest_of(key, plan, params), inputs, plan.search.trials)
+
+
+def ensure(key: str, params: Params) -> RunStore:
+    """Sees to it that the run store holds the search's result: it is there, or is searched here or as a job."""
+    from pipelines.cluster import session, submission
+
+    plan = plan_of(key, params)
+    digest = digest_of(key, plan, params)
+    submission.check_digest(digest)
+    store = RunStore(plan.storage, digest)
+    if store.has_artifact():
+        log.warning("searches.%s: %s is in the store already: nothing to search", key, digest)
+    elif session.job_server(params.cluster):
+        submission.call(work_of(key, params), params)
+    else:
+        search_here(key, plan, digest, params)
+    return store
+
+
+def tune_stage(key: str, out: Path, params: Params) -> dict[str, Any]:
+    """The result of a search in `out`; it is searched first where the store does not hold it yet."""
+    with ensure(key, params).fetched("artifact") as found, files.whole(out, seal=True) as folder:
+        shutil.copytree(found, folder, dirs_exist_ok=True)
+    best: dict[str, Any] = files.read_json(out / "best.json")
+    return best
+
+
+def search_here(key: str, plan: Any, digest: str, params: Params) -> None:
+    """Searches, retrains the finalists, and publishes what was found to the run store."""
+    from pipelines.cluster import search as driver
+    from pipelines.cluster import session
+    from pipelines.storage import place
+
+    settings, where = plan.search, place(plan.storage).at(digest)
     with session.session(params.cluster) as ray:
-        with bar(f"tune {key}", settings.trials, progress):
-            rows = driver.search(ray, plan, digest, params.cluster, progress)
+        with bar(f"tune {key}", settings.trials, where, "starting Ray"):
+            rows = driver.search(ray, plan, digest, params.cluster, where.uri)
         finished = sorted(
             (row for row in rows if row["state"] == "finished" and row["fid"] < float("inf")),
             key=lambda row: row["fid"],
@@ -80,7 +128,8 @@ def tune_stage(key: str, out: Path, params: Params) -> dict[str, Any]:
             for name, seeds in results.items()
         ],
     }  # fmt: skip
-    with files.whole(out) as folder:
+    with tempfile.TemporaryDirectory(prefix="dgm-") as temporary:
+        folder = Path(temporary, "search")
         files.write_json(folder / "best.json", best)
         (folder / "trials.csv").write_text(table(rows, list(settings.space)))
         (folder / "trials.png").write_bytes(plot(rows, list(settings.space)))
@@ -89,7 +138,8 @@ def tune_stage(key: str, out: Path, params: Params) -> dict[str, Any]:
                 target = folder / "finalists" / ("as-written" if name == AS_WRITTEN else "tuned") / str(seed)
                 with RunStore(plan.storage, run).fetched("artifact") as artifact:
                     shutil.copytree(artifact, target)
-    return best
+        checkpoint.seal(folder)
+        RunStore(plan.storage, digest).publish("artifact", folder)
 
 
 def table(rows: list[dict[str, Any]], names: list[str]) -> str:
