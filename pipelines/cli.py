@@ -19,11 +19,12 @@ app = typer.Typer(
     help=(
         "Every family of deep generative model on one road: prepare, train, evaluate, register, promote.\n\n"
         "`dvc repro` runs the verbs under 'Stages' in order, each only when what it depends on has changed. "
-        "The verbs under 'Use' look at what is there. All of them read params.yaml."
+        "The verbs under 'Use' look at what is there, those under 'Clusters' at machines. All of them read params.yaml."
     ),
 )
 
-STAGES, USE = "Stages", "Use"
+STAGES, USE, CLUSTER = "Stages", "Use", "Clusters"
+StoreOnly = Annotated[bool, typer.Option("--store-only", hidden=True, help="Leave the result in the run store: a job.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 
 
@@ -159,6 +160,129 @@ def _uri(params: Params) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri or tracking.tracking_uri(paths.root())
 
 
+# ---- clusters
+
+
+@app.command(rich_help_panel=CLUSTER)
+def repro(
+    jobs: Annotated[int, typer.Option(min=1, help="Independent trainings at the same time.")] = 1,
+    file: Annotated[str, typer.Argument(help="dvc.yaml, or zoo/dvc.yaml.")] = "dvc.yaml",
+) -> None:
+    """Run `dvc repro` with several trainings at once, on as many nodes as the cluster has."""
+    from pipelines.repro import repro as run
+
+    run(_params(), jobs, file)
+
+
+@app.command(rich_help_panel=CLUSTER)
+def doctor(as_json: Json = False) -> None:
+    """Look at all that a run will need: versions, cluster, token, bucket rights, tracker, disk, clocks, git."""
+    from dataclasses import asdict
+
+    from pipelines import doctor as examination
+
+    found = examination.examine(_params())
+    _say([asdict(each) for each in found], as_json, "\n".join(map(examination.line, found)))
+    if any(each.state == "bad" for each in found):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=CLUSTER)
+def drill(
+    names: Annotated[list[str] | None, typer.Argument(help="Which; all by default.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Say what there is, and what must hold.")] = False,
+    repeat: Annotated[int, typer.Option(min=1, help="The whole set so many times.")] = 1,
+    short: Annotated[bool, typer.Option(help="Only the short set.")] = False,
+    log: Annotated[Path | None, typer.Option(help="A file that gets one JSON line an attempt.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make faults strike real trainings on this machine and hold the result to the undisturbed one."""
+    from pipelines import drills
+
+    if list_:
+        rows = drills.listing()
+        lines = [f"{row['name']:<20} {row['does']}; must hold: {row['holds']}" for row in rows]
+        _say(rows, as_json, "\n".join(lines))
+        return
+    found = drills.run(names or (), repeat, short, log, say=lambda text: typer.echo(text, err=as_json))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, sort_keys=True))
+    if not all(attempt["passed"] for attempt in found):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=CLUSTER)
+def sweep(
+    hours: Annotated[float, typer.Option(min=0.0, help="Only what is older.")] = 24.0,
+    dry: Annotated[bool, typer.Option(help="Only say what would be removed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove from cluster.storage what unfinished writers left: uploads, temporaries, folders without a manifest."""
+    from dataclasses import asdict
+
+    from pipelines import storage
+    from pipelines.stages.train import storage_of
+
+    where = storage.place(storage_of(_params()))
+    found = (storage.abandoned if dry else storage.sweep)(where, hours * 3600)
+    words = "\n".join(f"{each.kind:<10} {each.name}" for each in found) or "nothing was left"
+    _say([asdict(each) for each in found], as_json, words)
+
+
+@app.command(rich_help_panel=CLUSTER)
+def submit(
+    stage: Annotated[str, typer.Argument(help="train, extractor or tune.")],
+    key: Annotated[str, typer.Argument(help="A key of `runs`, `tuned`, `extractors` or `searches`.")],
+    as_json: Json = False,
+) -> None:
+    """Start a stage as a job on the cluster and return; the stage itself, run later, fetches the result."""
+    from pipelines.cluster import submission
+    from pipelines.stages import train as training
+    from pipelines.stages import tune as tuning
+
+    params = _params()
+    known = {"train": params.keys, "extractor": tuple(params.extractors), "tune": tuple(params.searches)}
+    if stage not in known:
+        raise ValueError(f"stage {stage!r}; expected one of {', '.join(known)}")
+    _key({"train": "runs", "extractor": "extractors", "tune": "searches"}[stage], key, known[stage])
+    if stage == "tune":
+        work = tuning.work_of(key, params)
+    else:
+        run = params.extractors[key] if stage == "extractor" else training.resolve(key, params)
+        work = training.work_of(run, training.job_of(run, params), stage, params)
+    id = submission.submit(work, params)
+    _say({"id": id, "digest": work.digest}, as_json, id)
+
+
+@app.command(rich_help_panel=CLUSTER)
+def jobs(as_json: Json = False) -> None:
+    """List the cluster's jobs of this project, newest first."""
+    from pipelines.cluster import submission
+
+    rows = submission.listing(_params().cluster)
+    lines = [f"{row['state']:<10} {row['seconds'] or 0:>9.1f} s  {row['run']:<20} {row['id']}" for row in rows]
+    _say(rows, as_json, "\n".join(lines) or "no jobs")
+
+
+Job = Annotated[str, typer.Argument(help="A job's id, its beginning, or its run.")]
+
+
+@app.command(rich_help_panel=CLUSTER)
+def logs(job: Job, follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it ends.")] = False) -> None:
+    """Show a job's log."""
+    from pipelines.cluster import submission
+
+    submission.logs(_params().cluster, job, follow, lambda text: typer.echo(text, nl=False))
+
+
+@app.command(rich_help_panel=CLUSTER)
+def cancel(job: Job) -> None:
+    """Stop a job; its checkpoints stay, so that the same stage resumes it."""
+    from pipelines.cluster import submission
+
+    typer.echo(submission.cancel(_params().cluster, job))
+
+
 # ---- stages
 
 
@@ -170,30 +294,39 @@ def prepare(dataset: Annotated[str, typer.Argument(help="A key of `datasets`.")]
 
     params = _params()
     _key("datasets", dataset, params.datasets)
-    manifest = run(params.datasets[dataset], paths.data(dataset))
+    manifest = run(params.datasets[dataset], paths.data(dataset), params.cluster)
     typer.echo(f"{dataset}: {dict(manifest.rows)} rows of {manifest.kind} {list(manifest.shape)}")
 
 
 @app.command(rich_help_panel=STAGES)
-def extractor(dataset: Annotated[str, typer.Argument(help="A key of `extractors`.")]) -> None:
+def extractor(
+    dataset: Annotated[str, typer.Argument(help="A key of `extractors`.")], store_only: StoreOnly = False
+) -> None:
     """Train the classifier whose features compare samples, and measure the floor and the ceiling."""
     from pipelines import paths
+    from pipelines.stages import train as training
     from pipelines.stages.evaluate import extractor_stage
 
     params = _params()
     _key("extractors", dataset, params.extractors)
+    if store_only:
+        training.ensure(params.extractors[dataset], params, "extractor")
+        return
     found = extractor_stage(dataset, paths.extractor(dataset), params)
     typer.echo(f"{dataset}: accuracy {found['accuracy']['value']:.3f}, {found['feature_dim']} features")
 
 
 @app.command(rich_help_panel=STAGES)
-def tune(search: Annotated[str, typer.Argument(help="A key of `searches`.")]) -> None:
+def tune(search: Annotated[str, typer.Argument(help="A key of `searches`.")], store_only: StoreOnly = False) -> None:
     """Search a run's parameters with Ray Tune; select on the valid split."""
     from pipelines import paths
-    from pipelines.stages.tune import tune_stage
+    from pipelines.stages.tune import ensure, tune_stage
 
     params = _params()
     _key("searches", search, params.searches)
+    if store_only:
+        ensure(search, params)
+        return
     best = tune_stage(search, paths.search(search), params)
     typer.echo(f"{search}: {best['chosen']}: {best['parameters'] or 'the run as it is'}")
 
@@ -212,13 +345,18 @@ def compare(search: Annotated[str, typer.Argument(help="A key of `searches`.")])
 
 
 @app.command(rich_help_panel=STAGES)
-def train(run: Annotated[str, typer.Argument(help="A key of `runs` or `tuned`.")]) -> None:
+def train(
+    run: Annotated[str, typer.Argument(help="A key of `runs` or `tuned`.")], store_only: StoreOnly = False
+) -> None:
     """Train a run with Ray Train; the same command resumes a killed one."""
     from pipelines import paths
     from pipelines.stages import train as stage
 
     params = _params()
     _key("runs", run, params.keys)
+    if store_only:
+        stage.ensure(stage.resolve(run, params), params)
+        return
     lineage = stage.train(stage.resolve(run, params), paths.artifact(run), params)
     typer.echo(f"{run}: {lineage['steps']} steps, digest {lineage['run_digest'][:12]}")
 
