@@ -34,7 +34,8 @@ class LatentVariable(Model):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), each [B, latent_dim]."""
-        mean, log_variance = self.encoder(centred(x, self.data)).float().chunk(2, dim=1)
+        h = self.encoder(centred(x, self.data))
+        mean, log_variance = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2, dim=1)
         return mean, log_variance.clamp(-14, 14)
 
     def outputs(self, z: Tensor) -> Tensor:

@@ -22,26 +22,42 @@ class Runtime:
         device: where model and batches live.
         rank, world: this worker's number among all.
         precision: of the forward pass (autocast); parameters and optimizers stay float32.
+        shard: parameters, gradients and optimizer state are spread over the ranks; one-player models alone.
+        checkpoint_activations: blocks are computed again in the backward pass; less memory, the same bits.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     world: int = 1
     precision: Precision = "float32"
+    shard: bool = False
+    checkpoint_activations: bool = False
 
     @classmethod
-    def of_process_group(cls, device: torch.device, precision: Precision = "float32") -> Runtime:
+    def of_process_group(
+        cls,
+        device: torch.device,
+        precision: Precision = "float32",
+        shard: bool = False,
+        checkpoint_activations: bool = False,
+    ) -> Runtime:
         """The runtime of an initialised torch.distributed group."""
-        return cls(device, dist.get_rank(), dist.get_world_size(), precision)
+        return cls(device, dist.get_rank(), dist.get_world_size(), precision, shard, checkpoint_activations)
 
     @property
     def chief(self) -> bool:
         return self.rank == 0
 
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are spread: alone, a rank holds all of them anyway."""
+        return self.shard and self.world > 1
+
     def autocast(self) -> Any:
         if self.precision == "float32":
             return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        # a cache would hold every gathered parameter in bfloat16 until the loss is done
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=not self.sharded)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Sums every tensor over the ranks, in place: one all-reduce for each type."""

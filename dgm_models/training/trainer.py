@@ -17,8 +17,11 @@ from dgm_models.objective import Loss, Objective, Turn
 from dgm_models.protocols import Batch, Model
 from dgm_models.training import checkpoint
 from dgm_models.training.average import Average
+from dgm_models.training.blocks import recompute
 from dgm_models.training.optim import Optims
+from dgm_models.training.reduce import Reduction
 from dgm_models.training.runtime import Precision, Runtime, use
+from dgm_models.training.shard import ShardedReduction, local, parts, run, shard, whole
 from dgm_models.training.source import Source
 
 
@@ -68,6 +71,23 @@ class Train:
 Metrics = dict[str, float]
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a trainer's whole state on the CPU; the trainer may go on while it is written.
+
+    Attributes:
+        tensors, state: what the checkpoint holds; empty on every rank but the first.
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Writes the checkpoint that `Trainer.load` reads; a rank that holds nothing writes nothing."""
+        if self.state:
+            checkpoint.write(folder, self.tensors, {"state": self.state})
+
+
 class Trainer:
     """Everything that a killed training needs to go on, and the step that moves it.
 
@@ -76,7 +96,7 @@ class Trainer:
         source: the training examples.
         train, optim: settings.
         seed: of all noise; initial weights are the caller's.
-        runtime: device, rank, precision.
+        runtime: device, rank, precision, and whether parameters are sharded and activations computed twice.
         valid: validation examples, needed when `train.validate_every` is set.
     Raises: ValueError when the settings cannot hold for this objective.
     """
@@ -93,7 +113,7 @@ class Trainer:
         valid: Source | None = None,
     ) -> None:
         self.runtime = runtime or Runtime()
-        self.model = model.to(self.runtime.device)
+        self.model = model
         self.objective = objective.to(self.runtime.device)
         self.source, self.valid = source, valid
         self.train, self.optim, self.seed = train, optim, seed
@@ -101,9 +121,10 @@ class Trainer:
         self.players = model.players()
         self._check()
         optim.check(self.players)
-        self.optimizers = {name: optim.of(name).build(player) for name, player in self.players.items()}
-        self.average = Average(model, train.average).to(self.runtime.device) if train.average else None
+        self.average = Average(model, train.average) if train.average else None
         self.best = Average(self.evaluated, 0.0) if train.keep == "best" else None
+        self._place()
+        self.optimizers = {name: optim.of(name).build(player) for name, player in self.players.items()}
         self.step_number, self.position = 0, 0
         self.best_loss, self.since_best = float("inf"), 0
         self.history: list[tuple[int, Metrics]] = []  # everything reported, kept in the checkpoint
@@ -126,6 +147,16 @@ class Trainer:
             raise ValueError(
                 f"train.batch_size: {train.batch_size} is less than {world} workers x {train.accumulate} micro-batches"
             )
+        if self.runtime.shard and len(self.players) > 1:
+            raise ValueError(
+                f"cluster.shard: {type(self.model).__name__} has {len(self.players)} players "
+                f"({', '.join(self.players)}) and only models of one player are sharded; set it to false"
+            )
+        if self.runtime.shard and type(self.objective).initialize is not Objective.initialize:
+            raise ValueError(
+                f"cluster.shard: {type(self.objective).__name__} computes initial weights from data, which needs "
+                "the whole model on every worker; set it to false"
+            )
         for turn in self.turns:
             if turn.player not in self.players:
                 raise ValueError(f"turn of {turn.player!r}, but the model has {', '.join(self.players)}")
@@ -134,6 +165,16 @@ class Trainer:
                 raise ValueError("train.validate_every: a game has no validation loss; set it to 0")
             if self.valid is None:
                 raise ValueError("train.validate_every: needs a validation split")
+
+    def _place(self) -> None:
+        """Moves everything to the runtime's device, each rank its rows alone where parameters are sharded."""
+        if self.runtime.checkpoint_activations:
+            recompute(self.model)
+        if self.runtime.sharded:  # the copies are divided alike, so that an average is row by row
+            for module in (self.model, *(kept.module for kept in (self.average, self.best) if kept)):
+                shard(module, self.runtime)
+        for part in filter(None, (self.model, self.average, self.best)):
+            part.to(self.runtime.device)
 
     # ---- the step
 
@@ -184,9 +225,12 @@ class Trainer:
         self.position += self.train.batch_size
         torch.manual_seed(noise.digest(self.seed, "prepare", self.position, self.runtime.rank))
         with torch.no_grad():
-            return self.objective.prepare(self.model, batch)
+            prepared: Batch | Sequence[Batch] = run(self.model, self.objective.prepare, self.model, batch)
+            return prepared
 
     def _initialize(self) -> None:
+        if type(self.objective).initialize is Objective.initialize:
+            return  # no weight depends on data, and the whole batch may not fit in one worker
         batch = self._fetch(self.source, 0, self.train.batch_size, "initialize")
         torch.manual_seed(noise.digest(self.seed, "initialize"))
         with torch.no_grad():
@@ -203,28 +247,29 @@ class Trainer:
         count = torch.zeros((), device=self.runtime.device)
         optimizer.zero_grad(set_to_none=True)  # an update that was interrupted leaves gradients behind
         with _only(self.players, turn.player) as parameters:
-            for part, micro in enumerate(batch.split(self.train.accumulate)):
+            reduction = (ShardedReduction if self.runtime.sharded else Reduction)(self.runtime, turn.player, parameters)
+            micros = list(batch.split(self.train.accumulate))
+            for part, micro in enumerate(micros):
                 # dropout and the like: the same after a resume, different on every rank
                 torch.manual_seed(noise.digest("update", *where, part, self.runtime.rank))
                 with self.runtime.autocast():
-                    loss: Loss = self._losses[index](self.model, micro)
-                loss.total.backward()  # type: ignore[no-untyped-call]
+                    loss: Loss = run(self.model, self._losses[index], self.model, micro)
+                reduction.backward(loss.total, last=part == len(micros) - 1)
                 count += self.objective.count(micro)
                 for name, value in {"loss": loss.total, **loss.metrics}.items():
                     sums[name] = sums.get(name, 0) + value.detach().float()
-            self._agree(turn.player, parameters)
-            with_gradient = [p for p in parameters if p.grad is not None]
-            gradients = [p.grad for p in with_gradient if p.grad is not None]
-            self.runtime.sum([*gradients, count, *sums.values()])
-            torch._foreach_div_(gradients, count)
-            norm = torch.nn.utils.get_total_norm(gradients)
-            if not bool(torch.isfinite(norm)):
-                raise FloatingPointError(
-                    f"step {self.step_number}: the gradient of {turn.player!r} is not finite (loss "
-                    f"{float(sums['loss'] / count):g}); lower optim.lr, or set optim.clip or optim.warmup"
-                )
-            if settings.clip:
-                torch.nn.utils.clip_grads_with_norm_(with_gradient, settings.clip, norm)
+            reached = reduction.finish([count, *sums.values()])
+            with torch.no_grad():
+                gradients = [local(p.grad) for p in reached if p.grad is not None]
+                torch._foreach_div_(gradients, count)
+                norm = self._norm(gradients)
+                if not bool(torch.isfinite(norm)):
+                    raise FloatingPointError(
+                        f"step {self.step_number}: the gradient of {turn.player!r} is not finite (loss "
+                        f"{float(sums['loss'] / count):g}); lower optim.lr, or set optim.clip or optim.warmup"
+                    )
+                if settings.clip:
+                    torch._foreach_mul_(gradients, (settings.clip / (norm + 1e-6)).clamp(max=1.0))
             factor = settings.factor(self.step_number, self.train.steps)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * factor
@@ -235,20 +280,14 @@ class Trainer:
             self._record(prefix + name, value, count)
         self._record(f"{prefix}gradient_norm", norm, torch.ones_like(norm))
 
-    def _agree(self, player: str, parameters: Sequence[nn.Parameter]) -> None:
-        """Raises RuntimeError on every rank when the ranks' gradients are of different parameters.
-
-        An all-reduce of its own: the gradients' reduction would wait for ever when their sizes differ.
-        """
-        if self.runtime.world == 1:
-            return
-        present = torch.tensor([float(p.grad is not None) for p in parameters], device=self.runtime.device)
-        self.runtime.sum([present])
-        apart = (present > 0) & (present < self.runtime.world)
-        if bool(apart.any()):
-            names = {id(p): name for name, p in self.players[player].named_parameters()}
-            found = ", ".join(names[id(p)] for p, differs in zip(parameters, apart.tolist(), strict=True) if differs)
-            raise RuntimeError(f"the ranks disagree which parameters of {player!r} have gradients: {found}")
+    def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The Euclidean norm of the whole gradient, of which this rank may hold some rows."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.runtime.sharded:
+            square = norm.square()
+            self.runtime.sum([square])
+            norm = square.sqrt()
+        return norm
 
     def _record(self, name: str, total: Tensor, count: Tensor) -> None:
         zero = torch.zeros((), device=self.runtime.device)
@@ -278,10 +317,10 @@ class Trainer:
             if last > first:
                 batch = self._fetch(self.valid, start + first, start + last, "valid")
                 torch.manual_seed(noise.digest(self.seed, "valid", start, self.runtime.rank))
-                prepared = self.objective.prepare(model, batch)
+                prepared = run(model, self.objective.prepare, model, batch)
                 for part in [prepared] if isinstance(prepared, Batch) else prepared:
                     with self.runtime.autocast():
-                        loss = self.turns[0].loss(model, part)
+                        loss = run(model, self.turns[0].loss, model, part)
                     totals += torch.stack([loss.total.float(), torch.as_tensor(self.objective.count(part)).to(totals)])
         for buffer, before in kept:
             buffer.copy_(before)
@@ -309,32 +348,52 @@ class Trainer:
             found["best"] = self.best
         return found
 
-    def save(self, folder: Path) -> None:
-        """Writes the whole state: what `load` needs to go on bit for bit."""
-        tensors: dict[str, Mapping[str, Tensor]] = {name: m.state_dict() for name, m in self._modules().items()}
-        state: dict[str, Any] = {
-            "step": self.step_number,
-            "position": self.position,
-            "best_loss": None if self.best_loss == float("inf") else self.best_loss,
-            "since_best": self.since_best,
-            "history": self.history,
-            "optimizers": {},
-        }
+    def final_state(self) -> dict[str, Tensor]:
+        """The state of `final()`, whole and on the CPU. Every rank calls it when parameters are sharded."""
+        return whole(self.final().state_dict())
+
+    def snapshot(self) -> Snapshot:
+        """The whole state: what `load` needs to go on bit for bit. Every rank calls it when parameters are sharded."""
+        chief = self.runtime.chief
+        tensors = {name: whole(module.state_dict(), keep=chief) for name, module in self._modules().items()}
+        documents = {}
         for player, optimizer in self.optimizers.items():
-            tensors[f"optimizer-{player}"], state["optimizers"][player] = checkpoint.flatten_optimizer(optimizer)
+            state, documents[player] = checkpoint.flatten_optimizer(optimizer)
+            tensors[f"optimizer-{player}"] = whole(state, keep=chief)
         sums = {f"sum.{name}": value for name, value in self._sums.items()}
-        tensors["metrics"] = sums | {f"count.{name}": value for name, value in self._counts.items()}
-        checkpoint.write(folder, tensors, {"state": state})
+        tensors["metrics"] = whole(sums | {f"count.{name}": value for name, value in self._counts.items()}, keep=chief)
+        if not chief:
+            return Snapshot({}, {})
+        return Snapshot(
+            tensors,
+            {
+                "step": self.step_number,
+                "position": self.position,
+                "best_loss": None if self.best_loss == float("inf") else self.best_loss,
+                "since_best": self.since_best,
+                "history": list(self.history),
+                "optimizers": documents,
+            },
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes the whole state. Every rank calls it when parameters are sharded; the first one writes."""
+        self.snapshot().write(folder)
 
     def load(self, folder: Path) -> None:
-        """Goes back to what `save` wrote. Raises checkpoint.Damaged when the folder is not intact."""
+        """Goes back to what `save` wrote, by any number of workers, sharded or not; every rank calls it.
+
+        Raises: checkpoint.Damaged when the folder is not intact.
+        """
         checkpoint.verify(folder)
         for name, module in self._modules().items():
-            module.load_state_dict(checkpoint.read_tensors(folder, name))
+            module.load_state_dict(parts(checkpoint.read_tensors(folder, name), module.state_dict()))
         state = checkpoint.read_document(folder, "state")
         for player, optimizer in self.optimizers.items():
             tensors = checkpoint.read_tensors(folder, f"optimizer-{player}")
-            checkpoint.restore_optimizer(optimizer, tensors, state["optimizers"][player])
+            order = [p for group in optimizer.param_groups for p in group["params"]]
+            like = {name: order[int(name.split(".")[0])] for name in tensors}
+            checkpoint.restore_optimizer(optimizer, parts(tensors, like), state["optimizers"][player])
         self.step_number, self.position = state["step"], state["position"]
         self.best_loss = float("inf") if state["best_loss"] is None else state["best_loss"]
         self.since_best = state["since_best"]
@@ -348,11 +407,20 @@ class Trainer:
         self,
         report: Callable[[int, Metrics], None] | None = None,
         save: Callable[[Trainer], None] | None = None,
+        after_step: Callable[[int], None] | None = None,
     ) -> None:
-        """Steps to the end; `report` and `save` are called at their intervals and at the last step."""
+        """Steps to the end; `report` and `save` are called at their intervals and at the last step.
+
+        Args:
+            report: gets the step and the metrics since the last report.
+            save: gets the trainer, to keep a snapshot.
+            after_step: gets every step's number before anything is reported or saved; every rank calls it alike.
+        """
         with torch.random.fork_rng(), _threads(self.train.threads):
             while not self.done:
                 self.step()
+                if after_step:
+                    after_step(self.step_number)
                 last = self.done
                 if last or self.step_number % self.train.report_every == 0:
                     self.history.append((self.step_number, self.metrics()))
@@ -371,13 +439,13 @@ def _nth(batch: Batch | Sequence[Batch], update: int, turn: Turn) -> Batch:
 
 
 @contextmanager
-def _only(players: Mapping[str, nn.Module], active: str) -> Iterator[list[nn.Parameter]]:
+def _only(players: Mapping[str, nn.Module], active: str) -> Iterator[dict[str, nn.Parameter]]:
     """The active player's parameters ask for gradients, nobody else's do."""
     idle = [p for name, player in players.items() if name != active for p in player.parameters() if p.requires_grad]
     for p in idle:
         p.requires_grad_(False)
     try:
-        yield [p for p in players[active].parameters() if p.requires_grad]
+        yield {name: p for name, p in players[active].named_parameters() if p.requires_grad}
     finally:
         for p in idle:
             p.requires_grad_(True)
