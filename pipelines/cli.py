@@ -188,6 +188,34 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command(rich_help_panel=CLUSTER)
+def plan(
+    run: Annotated[str, typer.Argument(help="A key of `runs` or `tuned`.")],
+    gpus: Annotated[int, typer.Option(help="Workers.")],
+    device: Annotated[str | None, typer.Option(help="a100, h100, h200, or a YAML file of its numbers.")] = None,
+    price: Annotated[float | None, typer.Option(help="Of one worker's hour, in your currency.")] = None,
+    measure: Annotated[bool, typer.Option(help="Time real steps on this machine.")] = False,
+    shard: Annotated[bool | None, typer.Option("--shard/--no-shard", help="Instead of cluster.shard.")] = None,
+    checkpoint_activations: Annotated[
+        bool | None, typer.Option("--checkpoint-activations/--no-checkpoint-activations", help="Likewise.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What a run needs on N workers: memory, traffic, time, price; nothing is trained and nothing is rented."""
+    import dataclasses
+
+    from pipelines.plan import plan as planning
+    from pipelines.stages.train import resolve
+
+    params = _params()
+    _key("runs", run, params.keys)
+    given = {"shard": shard, "checkpoint_activations": checkpoint_activations}
+    changes = {name: value for name, value in given.items() if value is not None}
+    params = dataclasses.replace(params, cluster=dataclasses.replace(params.cluster, **changes))
+    document = planning.plan(resolve(run, params), params, gpus, device_name=device, price=price, measure=measure)
+    _say(document, as_json, planning.words(document))
+
+
+@app.command(rich_help_panel=CLUSTER)
 def drill(
     names: Annotated[list[str] | None, typer.Argument(help="Which; all by default.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Say what there is, and what must hold.")] = False,
