@@ -414,18 +414,18 @@ class Trainer:
         Args:
             report: gets the step and the metrics since the last report.
             save: gets the trainer, to keep a snapshot.
-            after_step: gets every step's number before anything is reported or saved; every rank calls it alike.
+            after_step: gets every step's number once it is reported; every rank calls it alike.
         """
         with torch.random.fork_rng(), _threads(self.train.threads):
             while not self.done:
                 self.step()
-                if after_step:
-                    after_step(self.step_number)
                 last = self.done
                 if last or self.step_number % self.train.report_every == 0:
                     self.history.append((self.step_number, self.metrics()))
                     if report:
                         report(*self.history[-1])
+                if after_step:
+                    after_step(self.step_number)
                 if save and (last or self.step_number % self.train.checkpoint_every == 0):
                     save(self)
 

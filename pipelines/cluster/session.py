@@ -91,8 +91,10 @@ def fit(job: Job, cluster: Cluster, callbacks: list[Any]) -> None:
     import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    notice = ray.remote(num_cpus=0)(_Notice).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # any other may die
+    notice = ray.remote(num_cpus=0, scheduling_strategy=here)(_Notice).remote()
     with tempfile.TemporaryDirectory(prefix="dgm-ray-") as folder:
         trainer = TorchTrainer(
             ray_worker,
