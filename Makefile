@@ -8,7 +8,7 @@ INDEX := $(if $(shell command -v nvidia-smi),,--extra-index-url $(CPU_WHEELS))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: repro test env zoo lint bench lock clean
+.PHONY: repro test env zoo lint bench drills lock clean
 
 repro: env
 	dvc repro
@@ -39,6 +39,14 @@ zoo: env
 
 bench: env
 	python benchmarks/ray_train_overhead.py
+	python benchmarks/scaling.py
+	python benchmarks/streaming.py
+	python benchmarks/plan_memory.py
+	python benchmarks/plan_scaling.py
+
+# every fault; needs Linux and root (or `unshare --user --map-root-user --mount`) for those that need hosts
+drills: env
+	dgm drill --log docs/reliability.jsonl
 
 # the newest versions that pyproject.toml allows, as the new lock
 lock:
