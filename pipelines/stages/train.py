@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -106,8 +107,6 @@ def best_of(search: str) -> Path:
 
 def tuned_run(key: str, params: Params) -> Run:
     """A tuned run: the run that its search varied, with the search's best parameters."""
-    import json
-
     search = params.tuned[key]
     file = best_of(search)
     if not file.is_file():
@@ -157,6 +156,8 @@ def train_here(job: Job, params: Params) -> None:
 
         session.fit(job, params.cluster, [Watch(curves, where.uri)])
     if curves:
+        with RunStore(job.storage, job.digest).fetched("artifact") as folder:
+            curves.complete([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
         curves.finish("FINISHED")
 
 
