@@ -40,7 +40,7 @@ def test_killed_search_is_restored_and_chooses_on_valid(tmp_path: Path) -> None:
         command, cwd=folder, env=project.environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     store, end = folder / ".dgm" / "store", time.monotonic() + 120
-    while len(list(store.glob("*/artifact"))) < 2:  # the extractor's, and the first finished trial's
+    while len(list(store.glob("*/artifact-*"))) < 2:  # the extractor's, and the first finished trial's
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "no trial finished"
         time.sleep(0.05)
@@ -50,10 +50,10 @@ def test_killed_search_is_restored_and_chooses_on_valid(tmp_path: Path) -> None:
     process.wait()
     psutil.wait_procs(children, timeout=30)
     assert not (folder / "searches" / "latent").exists(), "nothing half-written stays"
-    before = {path.parent.name: path.stat().st_mtime_ns for path in store.glob("*/artifact")}
+    before = {path.parent.name: path.stat().st_mtime_ns for path in store.glob("*/artifact-*")}
 
     project.dgm(folder, "tune", "latent")
-    after = {path.parent.name: path.stat().st_mtime_ns for path in store.glob("*/artifact")}
+    after = {path.parent.name: path.stat().st_mtime_ns for path in store.glob("*/artifact-*")}
     assert {digest: after[digest] for digest in before} == before, "a finished trial was trained again"
     best = json.loads((folder / "searches" / "latent" / "best.json").read_text())
     rows = list(csv.DictReader((folder / "searches" / "latent" / "trials.csv").open()))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from dgm_models.training import checkpoint
 from pipelines import drills
+from pipelines.drills import record
 from pipelines.drills.bench import DrillFailed, Moment, Outcome, Project, same_result
 
 
@@ -21,7 +22,7 @@ def test_every_drill_has_its_function_and_its_own_name() -> None:
     for drill in drills.DRILLS:
         module, _, function = drill.run.partition(":")
         assert callable(getattr(importlib.import_module(f"pipelines.drills.{module}"), function)), drill.name
-        assert drill.hosts == (module == "cluster"), drill.name
+        assert drill.hosts == (module in ("cluster", "road")), drill.name
         assert not (drill.short and drill.hosts), f"{drill.name}: `make test` has no hosts"
     assert json.loads(json.dumps(drills.listing())) == drills.listing()
 
@@ -85,3 +86,22 @@ def test_lost_work_is_seen(tmp_path: Path, resumed_at: int, seen: int, acknowled
     with pytest.raises(DrillFailed, match=words):
         project.check_resume(resumed_at, moment)
     assert project.check_resume(100, Moment(0.0, 130, 100, 1), 9.0) == Outcome(9.0, 30)
+
+
+def test_record_counts_attempts_and_takes_recovery_of_those_that_passed(tmp_path: Path) -> None:
+    def line(drill: str, passed: bool, recovery_s: float | None, lost_steps: int | None) -> str:
+        row = {"drill": drill, "passed": passed, "recovery_s": recovery_s, "lost_steps": lost_steps, "seconds": 9.0}
+        return json.dumps(row) + "\n"
+
+    page, log = tmp_path / "page.md", tmp_path / "log.jsonl"
+    log.write_text(line("a", True, 2.0, 5) + line("b", True, None, None) + line("a", False, None, None))
+    page.write_text(f"before\n{record.BEGIN}\nold\n{record.END}\nafter\n")
+    record.update(page, log)
+    record.update(page, log)
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    assert "| `a` | 1 of 2 | 2.0, 2.0 | 5 | 9 |" in lines
+    assert "| `b` | 1 of 1 |  |  | 9 |" in lines
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="marks"):
+        record.update(page, log)
