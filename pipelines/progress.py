@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 FILE = "progress.json"
 
 
-def tell(where: Place, step: int, metrics: dict[str, Any]) -> None:
-    """Writes how far the work is, for `bar` on any machine."""
-    where.write(FILE, json.dumps({"step": step, "metrics": metrics}).encode())
+def tell(where: Place, step: int, metrics: Mapping[str, Any], events: Sequence[str] = ()) -> None:
+    """Writes how far the work is and what has happened on the way, for `bar` on any machine."""
+    where.write(FILE, json.dumps({"step": step, "metrics": dict(metrics), "events": list(events)}).encode())
 
 
 @contextmanager
@@ -39,15 +39,22 @@ def bar(title: str, total: int, where: Place, waiting: str) -> Iterator[Callable
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"), console=console) as progress:
         task = progress.add_task(title, total=total, metrics=waiting)
         stop = threading.Event()
+        told = _read(where)["events"]  # of an earlier attempt
 
         def follow() -> None:
             while not stop.wait(0.3 if where.local else 1.0):
                 update()
 
+        def say(text: str) -> None:
+            console.print(Text(text.rstrip("\n")), soft_wrap=True)
+
         def update() -> None:
-            try:
-                found = json.loads(where.read(FILE))
-            except (OSError, ValueError):
+            found = _read(where)
+            for number, event in enumerate(found["events"]):
+                if told[number : number + 1] != [event]:
+                    say(event)
+            told[:] = found["events"]
+            if not found["metrics"]:
                 return
             words = " ".join(f"{name} {value:.4g}" for name, value in list(found["metrics"].items())[:3])
             progress.update(task, completed=found["step"], metrics=words)
@@ -55,8 +62,16 @@ def bar(title: str, total: int, where: Place, waiting: str) -> Iterator[Callable
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
         try:
-            yield lambda text: console.print(Text(text.rstrip("\n")), soft_wrap=True)
+            yield say
         finally:
             stop.set()
             thread.join(5.0)
             update()
+
+
+def _read(where: Place) -> dict[str, Any]:
+    try:
+        found = json.loads(where.read(FILE))
+        return {"step": found["step"], "metrics": found["metrics"], "events": list(found["events"])}
+    except (OSError, ValueError, KeyError):
+        return {"step": 0, "metrics": {}, "events": []}

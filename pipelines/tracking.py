@@ -31,6 +31,7 @@ from pipelines import paths
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +89,7 @@ def artifact_root(uri: str) -> str | None:
 
 def client(uri: str | None = None) -> MlflowClient:
     """An MLflow client for tracking and registry both, with this project's defaults for what the user left unset."""
-    for key, value in _DEFAULTS.items():
-        os.environ.setdefault(key, value)
+    _set_defaults()
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
@@ -106,6 +106,19 @@ def client(uri: str | None = None) -> MlflowClient:
             made.search_experiments(max_results=1)
             _opened.add(uri)
     return made
+
+
+def artifact_store(root: str) -> ArtifactRepository:
+    """MLflow's own client of the files below an artifact root, with the settings of `client`."""
+    _set_defaults()
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    return get_artifact_repository(root)
+
+
+def _set_defaults() -> None:
+    for key, value in _DEFAULTS.items():
+        os.environ.setdefault(key, value)
 
 
 def _sqlite_file(uri: str) -> Path | None:

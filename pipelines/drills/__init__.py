@@ -93,6 +93,8 @@ DRILLS = (
           "cluster:hang_node", hosts=True),
     Drill("tracker-down", "SIGKILL of the MLflow server, and back", "training goes on, the curves are whole in the end",
           "cluster:tracker_down", hosts=True),
+    Drill("elastic", "[1, 2] workers: a host lost for good, then another comes", "the other goes on alone, then both",
+          "road:elastic", hosts=True),
     Drill("whole-road", "nothing, `dvc repro` of three families on two hosts", "outs and versions as of one machine",
           "road:laptop_to_registry", hosts=True),
 )  # fmt: skip

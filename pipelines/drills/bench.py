@@ -350,7 +350,7 @@ class Bench:
 
         return Project(folder, run, "digits", digest, read, start, tracker)
 
-    def there(self, name: str, run: str = "long", workers: int = 2, max_failures: int = 3) -> Project:
+    def there(self, name: str, run: str = "long", workers: int | str = 2, max_failures: int = 3) -> Project:
         """A project on the lab's laptop, which trains on the lab's cluster."""
         here = self.lab()
         self._projects += 1

@@ -229,7 +229,7 @@ def out_of_memory(bench: Bench) -> Outcome:
     fired = bench.folder / "oom-fired"
     code = bench.faulty_code("oom", OOM.format(fired=str(fired)))
     project = bench.here("oom", max_failures=1)
-    task = project.start("train", project.run, environment={"PYTHONPATH": str(code)})
+    task = project.start("train", project.run, environment={"PYTHONPATH": str(code), "DGM_VERBOSE": "1"})
     until(lambda: fired.exists() or not task.alive(), 120, "the worker's end")
     before = project.moment()
     recovery = project.recovered(before, task)

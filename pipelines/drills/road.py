@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from pipelines import paths
-from pipelines.drills.bench import Bench, Outcome, must, start_here
+from pipelines.drills.bench import CHECKPOINT_EVERY, Bench, Outcome, must, rows_of, start_here
+from pipelines.drills.hosts import until
 from pipelines.drills.lab import BUCKET, PYTHON, tool
 
 RUNS = ("vae", "gan", "made")
@@ -103,3 +104,33 @@ def _control(bench: Bench) -> Path:
             status = task.wait(300)
             must(status == 0, f"{words} ended with {status}\n{task.text()[-3000:]}")
     return folder
+
+
+def elastic(bench: Bench) -> Outcome:
+    """[1, 2] workers: a host is lost and not replaced, the other goes on alone; a host comes, and both train.
+
+    The global batch stays, so every reported loss is the undisturbed run's up to rounding, which grows along a
+    trajectory: within 2% here.
+    """
+    control, here = bench.control(workers=2), bench.lab()
+    here.wait_nodes(3)
+    project = bench.there("elastic", workers="[1, 2]")
+    task = project.start()
+    project.between_checkpoints(2 * CHECKPOINT_EVERY, task)
+    lost = here.workers[1] if here.workers[1].processes("RayTrainWorker") else here.workers[0]
+    before = project.moment()
+    lost.kill()
+    recovery = project.recovered(before, task)
+    alone = project.moment()
+    lost.boot()
+    here.start_worker(lost)
+    until(lambda: project.head()["generation"] > alone.generation, 120, "the group's growth")
+    project.end(task)
+    must(project.lineage()["world"] == 2, "the training ended without the host that came")
+    ours, theirs = rows_of(project.artifact), rows_of(control)
+    must([row["step"] for row in ours] == [row["step"] for row in theirs], "steps are missing or were taken twice")
+    for mine, expected in zip(ours, theirs, strict=True):
+        apart = abs(mine["metrics"]["loss"] - expected["metrics"]["loss"])
+        must(apart < 0.02 * abs(expected["metrics"]["loss"]), f"step {mine['step']}: the losses part by {apart:.3g}")
+    project.check_tracker()
+    return project.check_resume(project.lineage()["resumed_at"], before, recovery)

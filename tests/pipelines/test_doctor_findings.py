@@ -19,8 +19,10 @@ from moto.server import ThreadedMotoServer
 from pipelines import doctor
 from pipelines import params as params_module
 from pipelines.cluster import nodes
-from pipelines.doctor import Check, Finding
+from pipelines.doctor import Check, Finding, door, machine, storage, survey, tracker
+from pipelines.doctor.common import GIB
 from pipelines.params import Params
+from pipelines.storage import place
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 
@@ -188,15 +190,15 @@ def test_doctor_masks_secrets_whoever_says_them(monkeypatch: pytest.MonkeyPatch,
 def test_versions_are_held_against_the_lock_or_else_the_ranges(project: Path) -> None:
     from importlib import metadata
 
-    assert only(doctor.versions(params())).state == "unknown"
+    assert only(machine.versions(params())).state == "unknown"
     (project / "pyproject.toml").write_text('[project]\nrequires-python = ">=3.11"\ndependencies = ["ray[tune]<2"]\n')
-    found = only(doctor.versions(params()))
+    found = only(machine.versions(params()))
     assert found.state == "bad" and f"ray {metadata.version('ray')} is not <2" in found.found
     lock = project / "requirements.lock"
     lock.write_text(f"# pinned\nray=={metadata.version('ray')}\ntorch=={metadata.version('torch').split('+')[0]}\n")
-    assert only(doctor.versions(params())).state == "ok"
+    assert only(machine.versions(params())).state == "ok"
     lock.write_text("pyarrow==1.0\n")
-    found = only(doctor.versions(params()))
+    found = only(machine.versions(params()))
     assert found.state == "bad" and "is not ==1.0" in found.found and "pip install" in found.mend
 
 
@@ -205,27 +207,27 @@ def test_threads_are_pinned(value: str | None, state: str, monkeypatch: pytest.M
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if value is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert only(doctor.threads(params())).state == state
+    assert only(machine.threads(params())).state == state
 
 
 def test_a_loopback_hostname_matters_to_several_hosts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setattr(nodes, "loopback", lambda: "127.0.1.1")
     several = on("http://head:8265", workers=2)
-    found = only(doctor.hostname(several))
+    found = only(machine.hostname(several))
     assert found.state == "warn" and "127.0.1.1" in found.found and "GLOO_SOCKET_IFNAME" in found.mend
-    assert only(doctor.hostname(params(cluster={"workers": 2}))).state == "ok"
+    assert only(machine.hostname(params(cluster={"workers": 2}))).state == "ok"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
-    assert only(doctor.hostname(several)).state == "ok"
+    assert only(machine.hostname(several)).state == "ok"
 
 
 def test_telemetry_that_the_environment_turns_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
-    assert only(doctor.telemetry(params())).state == "ok"
+    assert only(machine.telemetry(params())).state == "ok"
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
-    found = only(doctor.telemetry(params()))
+    found = only(machine.telemetry(params()))
     assert found.state == "warn" and "RAY_USAGE_STATS_ENABLED=1, MLFLOW_DISABLE_TELEMETRY=false" in found.found
 
 
@@ -234,61 +236,61 @@ def test_git_says_what_lineage_will_say(project: Path) -> None:
         identity = ("-c", "user.email=t@example.org", "-c", "user.name=t")
         subprocess.run(["git", *identity, *words], cwd=project, check=True, capture_output=True)
 
-    assert "git_commit = null" in only(doctor.git(params())).found
+    assert "git_commit = null" in only(machine.git(params())).found
     git("init")
-    assert only(doctor.git(params())).state == "warn"  # no commit yet
+    assert only(machine.git(params())).state == "warn"  # no commit yet
     (project / "params.yaml").write_text("runs: {}\n")
     (project / "dvc.lock").write_text("")
     git("add", "-A")
     git("commit", "-m", "start")
     (project / "notes").write_text("untracked")
     (project / "dvc.lock").write_text("written by repro")
-    assert only(doctor.git(params())).state == "ok"
+    assert only(machine.git(params())).state == "ok"
     (project / "params.yaml").write_text("runs: {a: b}\n")
-    found = only(doctor.git(params()))
+    found = only(machine.git(params()))
     assert found.state == "warn" and "1 tracked files" in found.found and "git_dirty = true" in found.found
 
 
 def test_dvc_tells_analytics_and_a_missing_remote(project: Path) -> None:
-    assert only(doctor.dvc(params())).state == "warn"
+    assert only(machine.dvc(params())).state == "warn"
     (project / ".dvc").mkdir()
-    analytics, remote = doctor.dvc(params())
+    analytics, remote = machine.dvc(params())
     assert (analytics.state, remote.state) == ("warn", "warn")
     assert analytics.mend == "dvc config core.analytics false"
     text = "[core]\nanalytics = false\nremote = r\n['remote \"r\"']\nurl = s3://bucket/dvc\n"
     (project / ".dvc" / "config").write_text(text)
-    analytics, remote = doctor.dvc(params())
+    analytics, remote = machine.dvc(params())
     assert (analytics.state, remote.state, remote.found) == ("ok", "ok", "r: s3://bucket/dvc")
 
 
 def test_disk_must_hold_the_largest_dataset_and_five_checkpoints(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert doctor.needed()[0] == doctor.GIB
-    for name, size in (("data/small/part", 1 << 20), ("data/large/train/part", doctor.GIB)):
+    assert machine.needed()[0] == GIB
+    for name, size in (("data/small/part", 1 << 20), ("data/large/train/part", GIB)):
         (project / name).parent.mkdir(parents=True)
         with (project / name).open("wb") as file:
             file.truncate(size)  # holes: no byte of them is written
     (project / "artifacts" / "vae").mkdir(parents=True)
     (project / "artifacts" / "vae" / "weights.safetensors").write_bytes(bytes(1000))
-    need = doctor.GIB + 5 * 4 * 1000
-    assert doctor.needed()[0] == need
+    need = GIB + 5 * 4 * 1000
+    assert machine.needed()[0] == need
     free = {"bytes": need}
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free["bytes"]}))
-    found = only(doctor.disk(params()))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free["bytes"]}))
+    found = only(machine.disk(params()))
     assert found.state == "ok" and found.check == "disk (project, cache, store)"
     free["bytes"] -= 1
-    assert only(doctor.disk(params())).state == "bad"
+    assert only(machine.disk(params())).state == "bad"
 
 
 def test_memory_must_hold_the_workers_that_start_here(monkeypatch: pytest.MonkeyPatch) -> None:
     four = params(cluster={"workers": 4})
-    need = 4 * doctor.WORKER_BYTES + doctor.DRIVER_BYTES
+    need = 4 * machine.WORKER_BYTES + machine.DRIVER_BYTES
     monkeypatch.setattr(nodes, "free_memory", lambda: need)
-    assert only(doctor.memory(four)).state == "ok"
+    assert only(machine.memory(four)).state == "ok"
     monkeypatch.setattr(nodes, "free_memory", lambda: need - 1)
-    assert only(doctor.memory(four)).state == "bad"
-    assert only(doctor.memory(on("http://head:8265", workers=4))).state == "ok"
+    assert only(machine.memory(four)).state == "bad"
+    assert only(machine.memory(on("http://head:8265", workers=4))).state == "ok"
 
 
 # ---------------------------------------------------------------- the cluster's door
@@ -300,7 +302,7 @@ def test_memory_must_hold_the_workers_that_start_here(monkeypatch: pytest.Monkey
 )
 def test_a_job_server_must_ask_for_the_token(without: int, wrong: int, state: str, serve: Callable[..., str]) -> None:
     url = serve(lambda path, given: (200 if path == "/elsewhere" else wrong if given else without, ""))
-    found = only(doctor.token_asked(on(url)))
+    found = only(door.token_asked(on(url)))
     assert found.state == state and f"{without} without a token, {wrong} with a wrong one" in found.found
 
 
@@ -317,16 +319,16 @@ def test_a_token_that_the_cluster_refuses_is_bad_and_none_is_shown_to_an_open_do
         return answer
 
     (tmp_path / "token").write_text(f"{TOKEN}\n")
-    assert "200 with this machine's" in only(doctor.token_asked(on(serve(answers(TOKEN))))).found
-    found = only(doctor.token_asked(on(serve(answers("another")))))
+    assert "200 with this machine's" in only(door.token_asked(on(serve(answers(TOKEN))))).found
+    found = only(door.token_asked(on(serve(answers("another")))))
     assert found.state == "bad" and "403 with this machine's" in found.found
     seen.clear()
-    assert only(doctor.token_asked(on(serve(answers(None))))).state == "bad"
+    assert only(door.token_asked(on(serve(answers(None))))).state == "bad"
     assert len(seen) == 2 and f"Bearer {TOKEN}" not in seen
 
 
 def test_a_job_server_that_is_down_is_bad() -> None:
-    found = only(doctor.token_asked(on(closed_port())))
+    found = only(door.token_asked(on(closed_port())))
     assert found.state == "bad" and "does not answer" in found.found
 
 
@@ -334,22 +336,22 @@ def test_a_job_server_that_is_down_is_bad() -> None:
 def test_the_token_file_is_the_owners_alone(mode: int, state: str, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     (tmp_path / "token").chmod(mode)
-    found = only(doctor.token_file(on("http://head:8265")))
+    found = only(door.token_file(on("http://head:8265")))
     assert found.state == state and f"{mode:04o}" in found.found
     assert state == "ok" or found.mend == f"chmod 600 {tmp_path / 'token'}"
 
 
 def test_a_missing_token_is_bad_where_a_cluster_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert only(doctor.token_file(on("http://head:8265"))).state == "bad"
+    assert only(door.token_file(on("http://head:8265"))).state == "bad"
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    assert only(doctor.token_file(on("http://head:8265"))).state == "ok"
+    assert only(door.token_file(on("http://head:8265"))).state == "ok"
 
 
 @pytest.mark.parametrize(("mode", "state"), [("token", "ok"), ("", "warn"), ("disabled", "bad")])
 def test_the_token_mode_is_explicit(mode: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    assert only(doctor.token_mode(params())).state == state
+    assert only(door.token_mode(params())).state == state
 
 
 @pytest.mark.parametrize(
@@ -367,7 +369,7 @@ def test_the_token_mode_is_explicit(mode: str, state: str, monkeypatch: pytest.M
     ],
 )
 def test_a_dashboard_address_is_private(address: str, state: str, mend: str) -> None:
-    found = only(doctor.dashboard(on(address)))
+    found = only(door.dashboard(on(address)))
     assert found.state == state and mend in found.mend and bool(mend) == bool(found.mend)
 
 
@@ -380,15 +382,15 @@ def test_a_clock_that_is_off_is_seen_at_every_server(
 ) -> None:
     url = serve(lambda *_: (403, ""), skew)
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    assert only(doctor.s3_clock(params(cluster={"storage": "s3://bucket/store"}))).state == state
-    assert only(doctor.cluster_clock(on(url))).state == state
-    clock, _ = doctor.tracking_server(params(tracking={"uri": url}))
+    assert only(storage.s3_clock(params(cluster={"storage": "s3://bucket/store"}))).state == state
+    assert only(door.cluster_clock(on(url))).state == state
+    clock, _ = tracker.tracking_server(params(tracking={"uri": url}))
     assert (clock.check, clock.state) == ("clock (tracking)", state)
 
 
 def test_an_s3_endpoint_that_is_down_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", closed_port())
-    found = only(doctor.s3_clock(params(cluster={"storage": "s3://bucket/store"})))
+    found = only(storage.s3_clock(params(cluster={"storage": "s3://bucket/store"})))
     assert found.state == "bad" and "AWS_ENDPOINT_URL" in found.mend
 
 
@@ -400,13 +402,13 @@ def keys(s3: Any) -> list[str]:
 
 
 def test_storage_rights_are_proved_by_doing_and_nothing_stays(s3: Any) -> None:
-    found = only(doctor.storage_rights(params(cluster={"storage": "s3://bucket/store"})))
+    found = only(storage.storage_rights(params(cluster={"storage": "s3://bucket/store"})))
     assert (found.state, keys(s3)) == ("ok", [])
     assert found.found == "s3://bucket/store: put, get, conditional put, list, delete"
 
 
 def test_storage_rights_name_a_missing_bucket(s3: Any) -> None:
-    found = only(doctor.storage_rights(params(cluster={"storage": "s3://nowhere/store"})))
+    found = only(storage.storage_rights(params(cluster={"storage": "s3://nowhere/store"})))
     assert found.state == "bad" and "NoSuchBucket" in found.found and "put needs s3:PutObject" in found.mend
 
 
@@ -431,7 +433,7 @@ def test_storage_rights_name_the_right_that_is_missing(
         return call(client, asked, arguments)
 
     monkeypatch.setattr(BaseClient, "_make_api_call", refuse)
-    found = only(doctor.storage_rights(params(cluster={"storage": "s3://bucket/store"})))
+    found = only(storage.storage_rights(params(cluster={"storage": "s3://bucket/store"})))
     monkeypatch.undo()
     assert found.state == "bad" and f"{act} failed" in found.found and "AccessDenied" in found.found
     assert found.mend.startswith(f"{act} needs {right} on s3://bucket/store")
@@ -442,19 +444,17 @@ def test_storage_rights_name_the_right_that_is_missing(
 
 
 def test_storage_that_ignores_conditions_is_bad(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipelines import storage
-
-    bucket = type(storage.place("s3://bucket"))
+    bucket = type(place("s3://bucket"))
     monkeypatch.setattr(bucket, "write_new", lambda self, name, content: self.write(name, content))
-    found = only(doctor.storage_rights(params(cluster={"storage": "s3://bucket/store"})))
+    found = only(storage.storage_rights(params(cluster={"storage": "s3://bucket/store"})))
     assert found.state == "bad" and "If-None-Match replaced" in found.found and keys(s3) == []
 
 
 def test_storage_in_a_folder_that_cannot_be_written_is_bad(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert only(doctor.storage_rights(params(cluster={"storage": str(tmp_path / "new")}))).state == "ok"
+    assert only(storage.storage_rights(params(cluster={"storage": str(tmp_path / "new")}))).state == "ok"
     assert not (tmp_path / "new").exists()
-    found = only(doctor.storage_rights(params(cluster={"storage": str(tmp_path / "file")})))
+    found = only(storage.storage_rights(params(cluster={"storage": str(tmp_path / "file")})))
     assert found.state == "bad" and "cluster.storage" in found.mend
 
 
@@ -463,11 +463,11 @@ def test_dvc_rights_go_through_the_remotes_own_settings(s3: Any, moto: str, proj
     (project / ".dvc").mkdir()
     text = "[core]\nremote = r\n['remote \"r\"']\nurl = s3://{}/dvc\nendpointurl = {}\n"
     (project / ".dvc" / "config").write_text(text.format("bucket", moto))
-    found = only(doctor.dvc_rights(params()))
+    found = only(storage.dvc_rights(params()))
     assert (found.state, found.found) == ("ok", "s3://bucket/dvc: put, get, list, delete")
     assert keys(s3) == []
     (project / ".dvc" / "config").write_text(text.format("nowhere", moto))
-    found = only(doctor.dvc_rights(params()))
+    found = only(storage.dvc_rights(params()))
     assert found.state == "bad" and "put needs s3:PutObject on s3://nowhere/dvc" in found.mend
 
 
@@ -476,8 +476,8 @@ def test_dvc_rights_go_through_the_remotes_own_settings(s3: Any, moto: str, proj
 
 def test_a_tracking_server_that_is_down_is_bad_by_its_first_answer() -> None:
     at = params(tracking={"uri": closed_port()})
-    assert only(doctor.tracking_server(at)).state == "bad"
-    assert only(doctor.artifact_rights(at)).state == "unknown"
+    assert only(tracker.tracking_server(at)).state == "bad"
+    assert only(tracker.artifact_rights(at)).state == "unknown"
 
 
 @pytest.mark.parametrize(("version", "state"), [("same", "ok"), ("2.1.0", "warn")])
@@ -486,23 +486,23 @@ def test_a_tracking_server_of_another_version_is_told(version: str, state: str, 
 
     said = metadata.version("mlflow") if version == "same" else version
     url = serve(lambda path, _: (200, said if path == "/version" else "{}"))
-    clock, found = doctor.tracking_server(params(tracking={"uri": url}))
+    clock, found = tracker.tracking_server(params(tracking={"uri": url}))
     assert (clock.state, found.state) == ("ok", state) and f"server {said}" in found.found
 
 
 def test_a_database_is_not_made_by_looking(project: Path) -> None:
-    assert only(doctor.tracking_server(params())).state == "ok"
+    assert only(tracker.tracking_server(params())).state == "ok"
     assert not any(project.iterdir())
 
 
 def test_mlflow_artifact_rights_go_through_mlflows_own_client(s3: Any, moto: str, monkeypatch: Any) -> None:
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", moto)
     monkeypatch.setenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", "s3://bucket/artifacts")
-    found = only(doctor.artifact_rights(params()))
+    found = only(tracker.artifact_rights(params()))
     assert (found.state, found.found) == ("ok", "s3://bucket/artifacts: put, get, list, delete")
     assert keys(s3) == []
     monkeypatch.setenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", "s3://nowhere/artifacts")
-    assert only(doctor.artifact_rights(params())).state == "bad"
+    assert only(tracker.artifact_rights(params())).state == "bad"
 
 
 # ---------------------------------------------------------------- nodes
@@ -542,7 +542,7 @@ def test_the_node_script_needs_the_standard_library_alone() -> None:
 
 
 def test_a_node_like_this_machine_is_ok() -> None:
-    room, node = doctor.judge([row()], on("http://head:8265", workers=2))
+    room, node = survey.judge([row()], on("http://head:8265", workers=2))
     assert (room.state, node.state, node.check) == ("ok", "ok", "node 10.0.0.2")
 
 
@@ -566,7 +566,7 @@ def test_a_node_like_this_machine_is_ok() -> None:
 def test_a_node_that_differs_is_told_with_its_mend(changes: dict[str, Any], state: str, words: str) -> None:
     bare = changes.get("facts", {}) is None
     odd = row(**{**changes, "facts": {}}) | ({"facts": None} if bare else {}) if bare else row(**changes)
-    _, first, second = doctor.judge([row(), odd], on("http://head:8265", workers=2))
+    _, first, second = survey.judge([row(), odd], on("http://head:8265", workers=2))
     assert first.state == "ok"
     assert second.state == state and words in second.found and bool(second.mend) == (state != "ok")
 
@@ -576,22 +576,22 @@ def test_the_local_part_of_torchs_version_is_no_difference() -> None:
 
     torch = metadata.version("torch").split("+")[0] + "+cu126"
     facts = {"versions": {"torch": torch, "ray": metadata.version("ray")}}
-    assert [each.state for each in doctor.judge([row(facts=facts)], on("http://head:8265"))] == ["ok", "ok"]
+    assert [each.state for each in survey.judge([row(facts=facts)], on("http://head:8265"))] == ["ok", "ok"]
 
 
 def test_gpus_that_torch_does_not_see_are_bad() -> None:
     wanted = on("http://head:8265", workers=2, gpu=True)
-    room, node = doctor.judge([row(gpus=2.0, facts={"gpus": 2})], wanted)
+    room, node = survey.judge([row(gpus=2.0, facts={"gpus": 2})], wanted)
     assert (room.state, node.state) == ("ok", "ok")
-    room, node = doctor.judge([row(gpus=2.0)], wanted)
+    room, node = survey.judge([row(gpus=2.0)], wanted)
     assert node.state == "bad" and "0 of 2 GPUs" in node.found
-    room, _ = doctor.judge([row(gpus=1.0, facts={"gpus": 1})], wanted)
+    room, _ = survey.judge([row(gpus=1.0, facts={"gpus": 1})], wanted)
     assert room.state == "bad" and "room for 1 workers" in room.found
 
 
 def test_room_counts_whole_workers_on_living_nodes() -> None:
     def state(workers: Any, cpus: float, rows: list[dict[str, Any]]) -> str:
-        return next(doctor.judge(rows, on("http://head:8265", workers=workers, cpus=cpus))).state
+        return next(survey.judge(rows, on("http://head:8265", workers=workers, cpus=cpus))).state
 
     assert state(2, 2.0, [row(), row()]) == "ok"
     assert state(1, 4.0, [row(), row()]) == "bad"  # four CPUs in all, but on no single node
@@ -601,9 +601,9 @@ def test_room_counts_whole_workers_on_living_nodes() -> None:
 
 def test_a_survey_is_found_among_rays_own_words() -> None:
     rows = [row()]
-    assert doctor._rows(f"(raylet) hello\n{nodes.MARK}{json.dumps(rows)}\nbye") == rows
+    assert survey._rows(f"(raylet) hello\n{nodes.MARK}{json.dumps(rows)}\nbye") == rows
     with pytest.raises(RuntimeError, match="Version mismatch"):
-        doctor._rows("Traceback\nRuntimeError: Version mismatch\n")
+        survey._rows("Traceback\nRuntimeError: Version mismatch\n")
 
 
 def test_a_job_whose_record_comes_back_is_deleted_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -627,9 +627,9 @@ def test_a_job_whose_record_comes_back_is_deleted_again(monkeypatch: pytest.Monk
             self.deletes += 1
             self.records = 2 - self.deletes  # the monitor writes it once more
 
-    monkeypatch.setattr(doctor.time, "sleep", lambda _: None)
+    monkeypatch.setattr(survey.time, "sleep", lambda _: None)
     client = Client()
-    doctor._delete_job(client, "mine")
+    survey._delete_job(client, "mine")
     assert (client.stopped, client.deletes, client.records) == (True, 2, 0)
 
 
@@ -637,6 +637,6 @@ def test_a_cluster_that_cannot_be_asked_is_unknown_with_its_words(monkeypatch: p
     def refuse(address: str, arguments: Any) -> Any:
         raise ConnectionError(f"{address} refused")
 
-    monkeypatch.setattr(doctor, "_survey_by_job", refuse)
-    found = only(doctor.cluster_nodes(on("http://head:8265")))
+    monkeypatch.setattr(survey, "_survey_by_job", refuse)
+    found = only(survey.cluster_nodes(on("http://head:8265")))
     assert found.state == "unknown" and "http://head:8265 refused" in found.found

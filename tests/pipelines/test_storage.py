@@ -14,6 +14,8 @@ import pytest
 
 from pipelines import storage
 from pipelines.storage import Changed, Corrupted, Place, StorageError, abandoned, place, sweep
+from pipelines.storage import bucket as buckets
+from pipelines.storage.s3 import CORRUPT_ATTEMPTS
 from tests.support import s3
 
 AGES = 100 * 365 * 86400.0  # moto says of every upload that it began in 2010
@@ -111,7 +113,7 @@ def test_name_that_leaves_the_place_is_refused(where: Place) -> None:
 
 
 def test_file_in_parts_comes_back_whole(where: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "PART", 5 << 20)  # the least that S3 takes
+    monkeypatch.setattr(buckets, "PART", 5 << 20)  # the least that S3 takes
     source = tmp_path / "source"
     source.write_bytes(bytes(range(256)) * (11 << 12))  # 11 MiB
     where.put(source, "big")
@@ -223,7 +225,7 @@ def test_read_survives_a_passing_fault(front: s3.Front, bucket: Place, tmp_path:
 def test_parts_survive_passing_faults(
     front: s3.Front, bucket: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "PART", 5 << 20)
+    monkeypatch.setattr(buckets, "PART", 5 << 20)
     source = tmp_path / "source"
     source.write_bytes(bytes(range(256)) * (11 << 12))
     front.faults = [("PUT", "partNumber=2", "busy"), ("PUT", "partNumber=3", "reset"), ("POST", "uploadId", "lost")]
@@ -267,7 +269,7 @@ def test_content_that_never_matches_its_checksum_is_corrupted(front: s3.Front, b
     front.faults = [("GET", "/x$", "flip")] * 9
     with pytest.raises(Corrupted, match=r"/x: get: .*checksum.* 3 times"):
         bucket.get("x", tmp_path / "x")
-    assert len(front.fired) == storage.CORRUPT_ATTEMPTS and not (tmp_path / "x").exists()
+    assert len(front.fired) == CORRUPT_ATTEMPTS and not (tmp_path / "x").exists()
 
 
 def test_endpoint_that_refuses_connections_for_a_while_costs_time_only(
@@ -388,7 +390,7 @@ def test_sweep_removes_a_folder_that_never_got_its_manifest(front: s3.Front, buc
 
 def test_sweep_keeps_a_folder_that_lacks_only_its_last_request(front: s3.Front, bucket: Place, tmp_path: Path) -> None:
     bucket.put_folder(make(tmp_path / "f", a=b"1"), "whole")
-    bucket.at("whole").write(storage.UNFINISHED, b"")
+    bucket.at("whole").write(buckets.UNFINISHED, b"")
     assert len(sweep(bucket, 0)) == 1
     assert names(bucket) == ["whole/a", "whole/manifest.json"] and abandoned(bucket, 0) == []
 
