@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dgm_models.training.runtime import Runtime
 
-# accelerators: the size at which PyTorch's DDP found reduction and backward to overlap (arXiv:2006.15704); processors:
-# gloo takes less time for a byte while its copies stay in the cache (measured: 1 MB 0.4 ms, 26 MB 11 to 20 ms)
-BUCKET_BYTES = {"cpu": 2**20, "cuda": 25 * 2**20}
+# where PyTorch's DDP found reduction and backward to overlap (arXiv:2006.15704); gloo's threads share the processor with
+# the backward pass, and take longer for many small sums than for a large one
+BUCKET_BYTES = 25 * 2**20
 
 
 def buckets(parameters: Sequence[nn.Parameter]) -> list[list[int]]:
@@ -30,7 +30,7 @@ def buckets(parameters: Sequence[nn.Parameter]) -> list[list[int]]:
         dtype = parameter.dtype
         filling.setdefault(dtype, []).append(number)
         sizes[dtype] = sizes.get(dtype, 0) + parameter.nbytes
-        if sizes[dtype] >= BUCKET_BYTES[parameter.device.type]:
+        if sizes[dtype] >= BUCKET_BYTES:
             closed.append(filling.pop(dtype))
             sizes[dtype] = 0
     return closed + list(filling.values())

@@ -20,13 +20,13 @@ def parameters(*sizes: int, dtype: torch.dtype = torch.float32) -> list[nn.Param
 
 
 def test_buckets_hold_every_parameter_once_last_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reduce, "BUCKET_BYTES", {"cpu": 40})
+    monkeypatch.setattr(reduce, "BUCKET_BYTES", 40)
     assert reduce.buckets(parameters(3, 4, 5, 100, 1, 2)) == [[5, 4, 3], [2, 1, 0]]
     assert reduce.buckets([]) == []
 
 
 def test_buckets_have_one_type_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reduce, "BUCKET_BYTES", {"cpu": 40})
+    monkeypatch.setattr(reduce, "BUCKET_BYTES", 40)
     mixed = [*parameters(5, 5), *parameters(5, dtype=torch.float64), *parameters(5, 5, dtype=torch.bfloat16)]
     found = reduce.buckets(mixed)
     assert sorted(i for bucket in found for i in bucket) == [0, 1, 2, 3, 4]

@@ -219,7 +219,7 @@ def disagreement(runtime: Runtime, own: Sequence[int], limit: int = 2**20) -> st
         Two(data), Partial(own), ArraySource(torch.ones(8, 2), data), Train(steps=1, batch_size=4), Optims(Optim()), 0,
         runtime,
     )  # fmt: skip
-    before, reduce.BUCKET_BYTES = reduce.BUCKET_BYTES, {"cpu": limit}
+    before, reduce.BUCKET_BYTES = reduce.BUCKET_BYTES, limit
     try:
         trainer.run()
     except RuntimeError as error:
