@@ -104,10 +104,15 @@ def partition(bench: Bench) -> Outcome:
     must(worker.is_running(), "the stale worker ended by itself: nothing was tested")
     for process in stale.processes("raylet"):  # it would end the stale worker as soon as it meets the head
         process.suspend()
-    stale_writes = f"PUT from {stale.address}"
-    writes = here.faults.counts.get(stale_writes, 0)
+
+    def asked(words: str) -> int:
+        return here.faults.counts.get(f"{words} from {stale.address}", 0)
+
+    heads, deletions = asked("PUT head.json"), asked("POST")
     stale.mend()
-    until(lambda: here.faults.counts.get(stale_writes, 0) > writes, 60, "a write of the stale worker")
+    # its save goes through now; then it either names it in the head, or finds another owner there and removes it
+    until(lambda: asked("POST") > deletions or asked("PUT head.json") > heads, 60, "the end of the stale worker's save")
+    must(asked("PUT head.json") == heads, "the stale worker changed the head")
     project.end(task)
     must(project.head()["generation"] == generation + 1, "the stale worker took the run back")
     folder = project.head()["artifact"]["folder"]

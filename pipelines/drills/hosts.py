@@ -114,6 +114,7 @@ class Host:
         self.environment = dict(environment)
         self._unshare: subprocess.Popen[str] | None = None
         self.init = 0
+        self._entered: list[subprocess.Popen[bytes]] = []
         self._tasks = 0
 
     def boot(self) -> None:
@@ -139,6 +140,10 @@ class Host:
         """Power loss: every process of the host is killed at once, its shared memory is gone."""
         if self._unshare is not None and self.on:
             os.kill(self.init, signal.SIGKILL)
+            for popen in self._entered:  # an nsenter that was stopped with its command would not bury it
+                popen.kill()
+                popen.wait()
+            self._entered.clear()
             self._unshare.wait()
 
     def cut(self) -> None:
@@ -178,6 +183,7 @@ class Host:
                 self.command(words, cwd), stdin=stdin, stdout=file, stderr=subprocess.STDOUT,
                 env=self._environment(environment), start_new_session=True,
             )  # fmt: skip
+        self._entered.append(popen)
         return Task(popen, log, entered=True)
 
     def run(

@@ -164,7 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
             if _CHECKSUMS.search(str(self.headers)):  # S3 would compare; the stand-in does not
                 return self._answer(400, [("Content-Type", "application/xml")], _BAD_DIGEST)
         status, headers, content = self._forward(body)
-        proxy.struck(f"{method} from {self.client_address[0]}")
+        file = self.path.partition("?")[0].rpartition("/")[2]
+        for words in (method, f"{method} {file}"):
+            proxy.struck(f"{words} from {self.client_address[0]}")
         if kind == "lost-answer":
             proxy.struck("lost-answer")
             return self._answer(500, [("Content-Type", "application/xml")], _INTERNAL)

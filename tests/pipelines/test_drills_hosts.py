@@ -63,6 +63,16 @@ def test_hosts_reach_each_other_until_they_are_cut(tmp_path: Path) -> None:
 
 
 @needs_hosts
+def test_host_that_hangs_can_lose_its_power(tmp_path: Path) -> None:
+    with Hosts(["a"], tmp_path / "lab", dict(os.environ)) as hosts:
+        task = hosts["a"].start(["sleep", "600"])
+        task.process.suspend()
+        until(lambda: psutil.Process(task.popen.pid).status() == psutil.STATUS_STOPPED, 10, "nsenter stops as well")
+        hosts["a"].kill()
+        assert not hosts["a"].on
+
+
+@needs_hosts
 def test_hosts_share_no_memory_and_no_ray_folder(tmp_path: Path) -> None:
     with Hosts(["a", "b"], tmp_path / "lab", dict(os.environ)) as hosts:
         hosts["a"].run(["touch", "/dev/shm/here", "/tmp/ray/here"])
