@@ -131,13 +131,13 @@ def run(
         names: which; all by default.
         repeat: how often the whole set.
         short: only the short set.
-        log: a file that gets one JSON line an attempt.
+        log: a file that gets one JSON line an attempt; the page beside it, of the same name, gets the table.
         folder: for the projects and logs of the drills; kept. By default only what a failed drill left is kept.
         say: gets one line a drill.
     Returns: for every attempt {drill, when, passed, seconds, recovery_s, lost_steps, commit, error}.
     Raises: ValueError for a wrong name; hosts.NoHosts when a named drill needs hosts that cannot be made.
     """
-    from pipelines.drills import hosts
+    from pipelines.drills import hosts, record
     from pipelines.drills.bench import Bench
 
     drills, attempts = chosen(names, short), []
@@ -160,6 +160,8 @@ def run(
                 if log:
                     with log.open("a") as file:
                         file.write(json.dumps(found, sort_keys=True) + "\n")
+    if log and log.with_suffix(".md").is_file():
+        record.update(log.with_suffix(".md"), log)
     if folder is None:
         _tidy(home, attempts, say)
     return attempts
