@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dgm_models.training.runtime import Runtime
 
-# where PyTorch's DDP found reduction and backward to overlap (arXiv:2006.15704); gloo's threads share the processor with
-# the backward pass, and take longer for many small sums than for a large one
+# where PyTorch's DDP found reduction and backward to overlap (arXiv:2006.15704); gloo's threads share the processor
+# with the backward pass, and take longer for many small sums than for a large one
 BUCKET_BYTES = 25 * 2**20
 
 
