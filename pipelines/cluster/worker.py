@@ -167,6 +167,7 @@ def ray_worker(config: Mapping[str, Any]) -> None:
 
     from dgm_models.training.runtime import Runtime
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it logs every report otherwise
     job: Job = config["job"]
     cluster, notice = config["cluster"], config["notice"]
     torch.set_num_threads(job.run.train.threads)

@@ -106,6 +106,26 @@ def _control(bench: Bench) -> Path:
     return folder
 
 
+# lines for the worker, which is no part of a run's digest: the training lasts until a host has come
+SLOW = """
+def _slow():
+    import time
+
+    from dgm_models.training import trainer
+
+    step = trainer.Trainer.step
+
+    def slowed(self):
+        time.sleep(0.1)
+        step(self)
+
+    trainer.Trainer.step = slowed
+
+
+_slow()
+"""
+
+
 def elastic(bench: Bench) -> Outcome:
     """[1, 2] workers: a host is lost and not replaced, the other goes on alone; a host comes, and both train.
 
@@ -115,7 +135,8 @@ def elastic(bench: Bench) -> Outcome:
     control, here = bench.control(workers=2), bench.lab()
     here.wait_nodes(3)
     project = bench.there("elastic", workers="[1, 2]")
-    task = project.start()
+    code = bench.faulty_code("slow", SLOW)
+    task = project.start("train", project.run, environment={"PYTHONPATH": str(code)})
     project.between_checkpoints(2 * CHECKPOINT_EVERY, task)
     lost = here.workers[1] if here.workers[1].processes("RayTrainWorker") else here.workers[0]
     before = project.moment()
