@@ -26,7 +26,7 @@ from dgm_models.protocols import Batch, DataSpec
 from dgm_models.training import trainer as training
 from dgm_models.training.optim import Optim, Optims
 from dgm_models.training.reduce import Reduction
-from dgm_models.training.runtime import Runtime
+from dgm_models.training.runtime import Runtime, keep_freed_memory
 from dgm_models.training.source import ArraySource, Source
 from dgm_models.training.trainer import Train, Trainer
 
@@ -122,6 +122,7 @@ def measure(trainer: Timed, seconds: float) -> dict[str, float]:
 
 def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     training.Reduction = TimedReduction  # type: ignore[misc]

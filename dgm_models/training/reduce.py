@@ -37,7 +37,7 @@ def buckets(parameters: Sequence[nn.Parameter]) -> list[list[int]]:
 
 
 class Reduction:
-    """One update's gradients: every micro-batch's `backward`, then `finish`.
+    """A player's gradients, update by update: `begin`, every micro-batch's `backward`, then `finish`.
 
     During the last backward pass a bucket's all-reduce starts as soon as its gradients are there, in the order of
     the buckets on every rank. What a loss did not reach is sent as zeros at the end, so that ranks whose losses reach
@@ -53,8 +53,13 @@ class Reduction:
         self.runtime, self.player = runtime, player
         self.names, self.parameters = list(parameters), list(parameters.values())
         self.buckets = buckets(self.parameters) if runtime.world > 1 else []
+        self._flat: list[Tensor] = []  # of the buckets, kept: fresh memory costs a page fault every 4 KiB
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets the update before, also one that was interrupted."""
         self._waiting = [set(bucket) for bucket in self.buckets]
-        self._started: list[tuple[Tensor, dist.Work]] = []  # the first buckets' sums, in their order
+        self._started: list[dist.Work] = []  # the first buckets' sums, in their order
 
     def backward(self, total: Tensor, last: bool) -> None:
         """Adds a micro-batch's gradients; `last` starts the reduction."""
@@ -75,12 +80,15 @@ class Reduction:
             self._start()
 
     def _start(self) -> None:
-        bucket = [self.parameters[i] for i in self.buckets[len(self._started)]]
+        number = len(self._started)
+        bucket = [self.parameters[i] for i in self.buckets[number]]
+        if number == len(self._flat):
+            self._flat.append(torch.cat([p.detach().reshape(-1) for p in bucket]))
         parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket]
-        flat = torch.cat(parts)  # a copy, also of one: autograd may let two gradients share their memory
-        work = dist.all_reduce(flat, async_op=True)
+        # a copy, also of one: autograd may let two gradients share their memory
+        work = dist.all_reduce(torch.cat(parts, out=self._flat[number]), async_op=True)
         assert work is not None
-        self._started.append((flat, work))
+        self._started.append(work)
 
     def finish(self, scalars: Sequence[Tensor]) -> list[nn.Parameter]:
         """Waits for all sums, the scalars' included, and puts them in place.
@@ -94,7 +102,7 @@ class Reduction:
         if not self.buckets:
             _separate(self.parameters)
         self._agree(here, scalars)
-        for bucket, (flat, work) in zip(self.buckets, self._started, strict=True):
+        for bucket, flat, work in zip(self.buckets, self._flat, self._started, strict=True):
             work.wait()
             parts = torch.split(flat, [self.parameters[i].numel() for i in bucket])
             for i, part in zip(bucket, parts, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -107,3 +108,19 @@ def use(runtime: Runtime) -> Iterator[Runtime]:
         yield runtime
     finally:
         _current.pop()
+
+
+def keep_freed_memory() -> bool:
+    """Asks the C library to keep this process's freed memory for its next tensors: `True` where it is glibc.
+
+    By default glibc gives large blocks back to the system and takes them again a moment later, zeroed page by page:
+    a quarter of the time of a convolutional VAE's step on a CPU. Values do not change.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # <malloc.h>; 32 MiB is the largest mmap threshold
+    wanted = {mmap_threshold: 32 * 2**20, trim_threshold: 2**31 - 1, top_pad: 64 * 2**20}
+    accepted = [mallopt(name, value) for name, value in wanted.items()]
+    return all(accepted)

@@ -128,6 +128,7 @@ class Trainer:
         self.step_number, self.position = 0, 0
         self.best_loss, self.since_best = float("inf"), 0
         self.history: list[tuple[int, Metrics]] = []  # everything reported, kept in the checkpoint
+        self._reductions: dict[str, Reduction] = {}
         self._losses = [torch.compile(turn.loss) if train.compile else turn.loss for turn in self.turns]
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
@@ -247,7 +248,7 @@ class Trainer:
         count = torch.zeros((), device=self.runtime.device)
         optimizer.zero_grad(set_to_none=True)  # an update that was interrupted leaves gradients behind
         with _only(self.players, turn.player) as parameters:
-            reduction = (ShardedReduction if self.runtime.sharded else Reduction)(self.runtime, turn.player, parameters)
+            reduction = self._reduction(turn.player, parameters)
             micros = list(batch.split(self.train.accumulate))
             for part, micro in enumerate(micros):
                 # dropout and the like: the same after a resume, different on every rank
@@ -279,6 +280,14 @@ class Trainer:
         for name, value in sums.items():
             self._record(prefix + name, value, count)
         self._record(f"{prefix}gradient_norm", norm, torch.ones_like(norm))
+
+    def _reduction(self, player: str, parameters: Mapping[str, nn.Parameter]) -> Reduction:
+        if player not in self._reductions:
+            kind = ShardedReduction if self.runtime.sharded else Reduction
+            self._reductions[player] = kind(self.runtime, player, parameters)
+        reduction = self._reductions[player]
+        reduction.begin()
+        return reduction
 
     def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The Euclidean norm of the whole gradient, of which this rank may hold some rows."""

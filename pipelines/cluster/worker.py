@@ -165,12 +165,13 @@ def ray_worker(config: Mapping[str, Any]) -> None:
     import ray.train.torch
     import torch.distributed as dist
 
-    from dgm_models.training.runtime import Runtime
+    from dgm_models.training.runtime import Runtime, keep_freed_memory
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it logs every report otherwise
     job: Job = config["job"]
     cluster, notice = config["cluster"], config["notice"]
     torch.set_num_threads(job.run.train.threads)
+    keep_freed_memory()
     device = ray.train.torch.get_device()
     alone = not dist.is_initialized() or dist.get_world_size() == 1
     runtime = Runtime(
