@@ -175,8 +175,9 @@ def load(folder: str | Path) -> Method:
     return method
 
 
-def encoded(model: Model, x: Tensor, key: Tensor | None = None) -> Batch:
+def encoded(model: Model, x: Tensor, key: Tensor | None = None, labels: Tensor | None = None) -> Batch:
     """Stored x [B, *event] as a batch in model space; keys are 0..B-1 unless given."""
     key = torch.arange(len(x)) if key is None else key
     y, log_det = model.codec.encode(x, key)
-    return Batch(y, key, torch.arange(len(x)), log_det=log_det)
+    cond = model.conditions(x, labels, key) if model.condition else labels
+    return Batch(y, key, torch.arange(len(x)), cond, log_det=log_det)

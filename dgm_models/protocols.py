@@ -17,6 +17,7 @@ from dgm_models import noise
 
 if TYPE_CHECKING:
     from dgm_models.codecs import Codec
+    from dgm_models.conditions import Condition
 
 Kind = Literal["image", "vector", "tokens", "codes", "audio"]
 KINDS: tuple[str, ...] = ("image", "vector", "tokens", "codes", "audio")
@@ -70,7 +71,7 @@ class Batch:
         x: [B, *event], as stored, or in model space once the codec has encoded it.
         key: [B] int64: the source of all noise of an example (see `dgm_models.noise`).
         id: [B] int64: the example's row in its dataset.
-        cond: class labels, tokens or images, or None.
+        cond: the model's conditions, or the dataset's labels where the model has none; None without labels.
         mask: [B, T] bool, which positions are real, or None.
         log_det: [B] log|d(model space)/d(stored space)| in nats, set by the codec.
         extra: what `Objective.prepare` adds: negatives, advantages, reference log-probs.
@@ -136,15 +137,22 @@ class Model(nn.Module):
     Attributes:
         data: the stored data it was built for.
         codec: stored bytes <-> the space in which the capabilities work.
+        condition: what `cond` is, None for a model without one.
     """
 
     data: DataSpec
     codec: Codec
+    condition: Condition | None
 
     def __init__(self, data: DataSpec, codec: Codec) -> None:
         super().__init__()
         self.data = data
         self.codec = codec
+        self.condition = None
+
+    def conditions(self, x: Tensor, labels: Tensor | None, key: Tensor) -> Tensor | None:
+        """The conditions of stored x [B, *event] with labels [B] and keys [B]; None for a model without one."""
+        return self.condition.of(self.data, x, labels, key) if self.condition else None
 
     def players(self) -> dict[str, nn.Module]:
         """Who plays: disjoint sets of parameters, by name."""

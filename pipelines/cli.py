@@ -91,6 +91,8 @@ def sample(
     n: Annotated[int, typer.Option(min=1, help="How many samples.")] = 64,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A .png grid or a .npy array.")] = None,
+    label: Annotated[int | None, typer.Option(help="Of a model asked by label: this one; every one in turn.")] = None,
+    like: Annotated[Path | None, typer.Option(help="Of a model asked by image: a .npy of examples as stored.")] = None,
     stage: Annotated[bool, typer.Option(help="As the pipeline does: n and seed of the evaluation, parquet.")] = False,
 ) -> None:
     """Draw samples from a trained model."""
@@ -111,10 +113,14 @@ def sample(
     import numpy as np
 
     import dgm_models
+    from dgm_models.sampling import labelled
 
     with tempfile.TemporaryDirectory(prefix="dgm-") as folder:
         method = dgm_models.load(stage_module.locate(target, Path(folder)))
-    x = dgm_models.sample(method, n, seed)
+    if like:
+        x = stage_module.sample_like(method, like, seed)
+    else:
+        x = dgm_models.sample(method, n, seed, cond=labelled(method, n, label))
     if out.suffix == ".png":
         content = pictures.grid(x, method.data)
     else:
@@ -122,7 +128,7 @@ def sample(
         np.save(stream, x.numpy())
         content = stream.getvalue()
     files.write_bytes(out, content)
-    typer.echo(f"{out}: {n} samples of {method.name}, seed {seed}")
+    typer.echo(f"{out}: {len(x)} samples of {method.name}, seed {seed}")
 
 
 @app.command(rich_help_panel=USE)

@@ -52,10 +52,12 @@ class Sampler(PythonModel):
         self.method = dgm_models.load(context.artifacts["artifact"])
 
     def predict(self, context, model_input: np.ndarray, params=None):  # there is no input: pass None
-        from dgm_models.sampling import sample
+        from dgm_models.sampling import labelled, sample
 
         params = params or {}
-        return sample(self.method, int(params.get("n", 16)), int(params.get("seed", 0))).numpy()
+        n, label = int(params.get("n", 16)), int(params.get("label", -1))  # -1: every label in turn
+        cond = labelled(self.method, n, None if label < 0 else label)
+        return sample(self.method, n, int(params.get("seed", 0)), cond=cond).numpy()
 
 
 mlflow.models.set_model(Sampler())
@@ -436,7 +438,7 @@ def _stage(package: Package, work: Path) -> tuple[Path, str]:
     stored = np.dtype("float32" if levels is None else "uint8" if levels <= 256 else "int32")
     signature = ModelSignature(
         outputs=Schema([TensorSpec(stored, (-1, *shape))]),
-        params=ParamSchema([ParamSpec("n", "long", 16), ParamSpec("seed", "long", 0)]),
+        params=ParamSchema([ParamSpec("n", "long", 16), ParamSpec("seed", "long", 0), ParamSpec("label", "long", -1)]),
     )
     folder = work / "model"
     with warnings.catch_warnings():

@@ -39,11 +39,13 @@ class Ask:
         n: how many samples, at most MOST.
         seed: of the list of samples.
         format: a grid as PNG, or numpy's array file in the stored type.
+        label: of a model asked by label: for all samples; every label in turn without one.
     """
 
     n: Positive = 64
     seed: NonNegative = 0
     format: Literal["png", "npy"] = "png"
+    label: NonNegative | None = None
 
     def __post_init__(self) -> None:
         if self.n > MOST:
@@ -74,9 +76,10 @@ class Sampler:
         import numpy as np
 
         import dgm_models
+        from dgm_models.sampling import labelled
         from pipelines import pictures
 
-        x = dgm_models.sample(self.method, ask.n, ask.seed)
+        x = dgm_models.sample(self.method, ask.n, ask.seed, cond=labelled(self.method, ask.n, ask.label))
         if ask.format == "png":
             return pictures.grid(x, self.method.data)
         stream = io.BytesIO()

@@ -217,7 +217,8 @@ class Trainer:
     def _fetch(self, source: Source, start: int, stop: int, *path: int | str) -> Batch:
         batch = source.batch(start, stop).to(self.runtime.device).fold("seed", self.seed, *path)
         x, log_det = self.model.codec.encode(batch.x, batch.key)
-        return replace(batch, x=x, log_det=log_det)
+        cond = self.model.conditions(batch.x, batch.cond, batch.key) if self.model.condition else batch.cond
+        return replace(batch, x=x, log_det=log_det, cond=cond)
 
     def _draw(self) -> Batch | Sequence[Batch]:
         """The next global batch: this rank's share of it, encoded and prepared."""

@@ -15,6 +15,7 @@ from dgm_models import noise
 from dgm_models.metrics import coverage, frechet, inception, kernel, likelihood
 from dgm_models.metrics.estimate import Estimate
 from dgm_models.protocols import Bound, Density, Features
+from dgm_models.sampling import conditions
 from pipelines import files, paths
 from pipelines.params import Evaluation, Params
 
@@ -55,6 +56,20 @@ def compared(dataset: str, settings: Evaluation, split: str = "test") -> int:
     from pipelines.data import shards
 
     return min(shards.read_manifest(paths.data(dataset)).rows[split], settings.max_samples)
+
+
+def drawn(method: Method, dataset: str, settings: Evaluation, split: str = "test") -> Tensor:
+    """The samples [N, *event] that are compared with a split, by the evaluation's seed.
+
+    A model with a condition is asked for what the split's rows are, one by one.
+    """
+    from dgm_models import sample
+    from pipelines.data import shards
+
+    there, n = shards.load(paths.data(dataset), split), compared(dataset, settings, split)
+    labels = None if there.cond is None else there.cond[:n]
+    cond = conditions(method, there.x[:n], labels, settings.seed)
+    return sample(method, n, settings.seed, cond=cond)
 
 
 def extractor_of(dataset: str, dims: int) -> Extractor | None:
@@ -135,31 +150,38 @@ def compare(rows: Rows, extractor: Extractor, real: Tensor, fake: Tensor, train:
 
 
 @torch.no_grad()
-def likelihoods(rows: Rows, method: Method, x: Tensor, settings: Evaluation) -> None:
-    """Negative log-likelihood, bits/dim and ELBO of stored x, each labelled by what it is, into `rows`."""
-    model, dims = method.model, method.data.dims
+def likelihoods(rows: Rows, method: Method, x: Tensor, labels: Tensor | None, settings: Evaluation) -> None:
+    """Negative log-likelihood, bits/dim and ELBO of stored x, each labelled by what it is, into `rows`.
 
-    def chunks() -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
+    A model with a condition is given each example's own. Those are other numbers than log p(x): they are rows
+    such as "nll_given/label".
+    """
+    model, dims = method.model, method.data.dims
+    given = f"_given/{model.condition.name}" if model.condition else ""
+    cond = conditions(method, x, labels, settings.seed)
+
+    def chunks() -> Iterator[tuple[Tensor, Tensor, torch.Generator, Tensor | None]]:
         for start in range(0, len(x), CHUNK):
             part = x[start : start + CHUNK]
             keys = noise.fold(torch.arange(start, start + len(part)), "likelihood", settings.seed)
             rng = torch.Generator().manual_seed(noise.digest("likelihood", settings.seed, start))
             encoded, log_det = model.codec.encode(part, keys)
-            yield encoded, log_det, rng
+            yield encoded, log_det, rng, None if cond is None else cond[start : start + CHUNK]
 
     def add(nats: Tensor, kind: Literal["exact", "bound"]) -> None:
-        rows.add("nll", likelihood.mean_estimate(nats), "nats", kind, False)
+        rows.add(f"nll{given}", likelihood.mean_estimate(nats), "nats", kind, False)
         if method.data.levels is not None:
             bits = likelihood.mean_estimate(likelihood.bits_per_dim(nats, dims))
-            rows.add("bits_per_dim", bits, "bits/dim", kind, False)
+            rows.add(f"bits_per_dim{given}", bits, "bits/dim", kind, False)
 
     if isinstance(model, Density):
-        nats = torch.cat([-(model.log_prob(y) + log_det).double() for y, log_det, _ in chunks()])
+        nats = torch.cat([-(model.log_prob(y, c) + log_det).double() for y, log_det, _, c in chunks()])
         add(nats, "exact" if model.codec.exact else "bound")
     elif isinstance(model, Bound):
-        elbo = torch.cat([(model.elbo(y, rng) + log_det).double() for y, log_det, rng in chunks()])
-        rows.add("elbo", likelihood.mean_estimate(elbo), "nats", "bound", False)
-        tight = [-(model.elbo(y, rng, k=settings.importance) + log_det).double() for y, log_det, rng in chunks()]
+        elbo = torch.cat([(model.elbo(y, rng, c) + log_det).double() for y, log_det, rng, c in chunks()])
+        rows.add(f"elbo{given}", likelihood.mean_estimate(elbo), "nats", "bound", False)
+        k = settings.importance
+        tight = [-(model.elbo(y, rng, c, k) + log_det).double() for y, log_det, rng, c in chunks()]
         add(torch.cat(tight), "bound")
 
 
@@ -179,7 +201,8 @@ def evaluate(
     from pipelines.data import shards
 
     folder = paths.data(dataset)
-    held_out, train = shards.load(folder, split).x, shards.load(folder, "train").x
+    there, train = shards.load(folder, split), shards.load(folder, "train").x
+    held_out = there.x
     extractor = extractor_of(dataset, method.data.dims)
     rows = Rows(extractor.sha256 if extractor else None, split, settings.seed)
     n = min(len(held_out), settings.max_samples, len(fake))
@@ -189,7 +212,7 @@ def evaluate(
     else:
         reason = f"{dataset} has no extractor, and {method.data.dims} raw dimensions are more than {RAW_DIMS}"
         rows.refused.append({"metric": "fid", "reason": reason})
-    rows.attempt("nll", lambda: likelihoods(rows, method, held_out, settings))
+    rows.attempt("nll", lambda: likelihoods(rows, method, held_out, there.cond, settings))
     return rows, features
 
 

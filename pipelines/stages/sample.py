@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pipelines import files, paths
 from pipelines.params import Params
+
+if TYPE_CHECKING:
+    from dgm_models.method import Method
 
 SHARD = 10_000
 
@@ -61,16 +65,42 @@ def sample_stage(run: str, out: Path, params: Params) -> None:
     """As many samples as the evaluation compares, by `evaluation.seed`."""
     import dgm_models
     from pipelines import pictures
-    from pipelines.stages.evaluate import compared
+    from pipelines.stages.evaluate import drawn
 
     method = dgm_models.load(paths.artifact(run))
-    n = compared(params.dataset_of(run), params.evaluation)
-    x = dgm_models.sample(method, n, params.evaluation.seed)
+    x = drawn(method, params.dataset_of(run), params.evaluation)
     with files.whole(out, seal=True) as folder:
         write(x, folder)
         files.write_json(
             folder / "samples.json",
-            {"n": n, "seed": params.evaluation.seed, "dtype": str(x.numpy().dtype), "run": run,
+            {"n": len(x), "seed": params.evaluation.seed, "dtype": str(x.numpy().dtype), "run": run,
              "run_digest": method.lineage.get("run_digest")},
         )  # fmt: skip
         (folder / "grid.png").write_bytes(pictures.grid(x[:64], method.data))
+
+
+def sample_like(method: Method, file: Path, seed: int) -> Tensor:
+    """One sample for each of a user's examples, asked for by the model's condition: edges, the rest of an image.
+
+    Args:
+        method: a trained method with a condition of images.
+        file: a .npy of examples [N, *event] in the stored type.
+        seed: of the samples, and of conditions that are drawn.
+    Raises: ValueError naming the file when it does not hold such examples.
+    """
+    import numpy as np
+    import torch
+
+    import dgm_models
+    from dgm_models.sampling import conditions
+
+    try:
+        rows = torch.from_numpy(np.load(file, allow_pickle=False))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--like: {file}: {error}; expected a .npy of examples {method.data.shape}") from error
+    if tuple(rows.shape[1:]) != method.data.shape:
+        raise ValueError(f"--like: {file} holds {tuple(rows.shape)}; expected [N, *{method.data.shape}]")
+    cond = conditions(method, rows, None, seed)
+    if cond is None:
+        raise ValueError(f"--like: {method.name} was built without a condition")
+    return dgm_models.sample(method, len(rows), seed, cond=cond)

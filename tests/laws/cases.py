@@ -50,10 +50,11 @@ SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A method on one sort of data."""
+    """A method on one sort of data, with a label as condition or without one."""
 
     method: str
     sort: str
+    asked: bool = False
 
     @property
     def row(self) -> registry.Row:
@@ -64,25 +65,32 @@ class Case:
         return SPECS[self.sort]
 
     def __str__(self) -> str:
-        return f"{self.method}-{self.sort}"
+        return f"{self.method}-{self.sort}" + ("-label" if self.asked else "")
 
 
-CASES = [Case(name, sort) for name, row in ROWS.items() for sort in row.data]
+def takes(name: str, parameter: str) -> bool:
+    """Whether the method's function has the parameter."""
+    return parameter in inspect.signature(registry.builder(name)).parameters
+
+
+PLAIN = [Case(name, sort) for name, row in ROWS.items() for sort in row.data]
+CASES = PLAIN + [Case(name, row.data[0], True) for name, row in ROWS.items() if takes(name, "cond")]
 FIRST = [Case(name, row.data[0]) for name, row in ROWS.items()]
 
 
 def with_capability(*names: str, sorts: str = "") -> list[Case]:
-    """The cases whose row names one of the capabilities, on sorts of data that end in `sorts`."""
-    return [case for case in CASES if set(names) & set(case.row.capabilities) and case.sort.endswith(sorts)]
+    """The unconditional cases whose row names one of the capabilities, on sorts of data that end in `sorts`."""
+    return [case for case in PLAIN if set(names) & set(case.row.capabilities) and case.sort.endswith(sorts)]
 
 
 def small(name: str) -> dict[str, Any]:
     """The params that make a method small."""
-    return {key: value for key, value in SMALL.items() if key in inspect.signature(registry.builder(name)).parameters}
+    return {key: value for key, value in SMALL.items() if takes(name, key)}
 
 
 def made(case: Case, spec: DataSpec | None = None, seed: int = 0) -> Method:
-    return build(case.method, spec or case.spec, seed=seed, **small(case.method))
+    asked = {"cond": {"name": "label"}} if case.asked else {}
+    return build(case.method, spec or case.spec, seed=seed, **small(case.method), **asked)
 
 
 def rows(spec: DataSpec, n: int, seed: int = 0) -> Tensor:
