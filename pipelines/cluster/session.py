@@ -35,13 +35,9 @@ COLLECTIVE_TIMEOUT_S = 60  # a rank whose partner is gone gives up
 GRACE_S = 20.0  # what a SIGTERM leaves for a last checkpoint
 
 
-def configured(cluster: Cluster) -> str | None:
-    return os.environ.get("RAY_ADDRESS") or cluster.address
-
-
 def job_server(cluster: Cluster) -> str | None:
     """The address of a cluster that takes jobs, None where the cluster is joined or started."""
-    address = configured(cluster)
+    address = cluster.where
     return address if address and address.startswith(("http://", "https://")) else None
 
 
@@ -52,7 +48,7 @@ def session(cluster: Cluster) -> Iterator[Any]:
         os.environ.setdefault(name, value)
     import ray
 
-    address = configured(cluster)
+    address = cluster.where
     options: dict[str, Any] = {}
     if not paths.ticket().is_file():  # a job's workers have its environment and its folder already
         environment = {name: os.environ[name] for name in SETTINGS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -55,29 +56,33 @@ class Notices:
 
     Args:
         runtime: this worker's place.
-        nodes: the nodes that are about to go, "" for none; asked and answered alike on every rank.
+        nodes: the nodes that are about to go, "" for none, and the seconds that they have left, infinite when nobody
+            says; called on every rank alike.
         stopping: whether the driver is about to end; asked on the chief alone.
     """
 
     INTERVAL_S = 1.0
+    HOLD_S = 10.0  # before a node's end: what is trained after the last checkpoint is trained again
 
-    def __init__(self, runtime: Any, nodes: Callable[[], str], stopping: Callable[[], bool]) -> None:
+    def __init__(self, runtime: Any, nodes: Callable[[], tuple[str, float]], stopping: Callable[[], bool]) -> None:
         self.runtime, self.nodes, self.stopping = runtime, nodes, stopping
-        self.asked_at, self.asked_step, self.span, self.known = time.monotonic(), 0, 1, ("", False)
+        self.asked_at, self.asked_step, self.span, self.known = time.monotonic(), 0, 1, ("", False, False)
 
-    def __call__(self, step: int) -> bool:
-        """True once for every new notice."""
+    def __call__(self, step: int) -> float | None:
+        """For a new notice, and again shortly before a node's end: the seconds to wait once all is saved; or None."""
         if step < self.asked_step + self.span:
-            return False
-        facts = torch.zeros(2, device=self.runtime.device)
+            return None
+        names, left = self.nodes()
+        facts = torch.zeros(3, device=self.runtime.device)
         if self.runtime.chief:
             pace = (step - self.asked_step) / max(time.monotonic() - self.asked_at, 1e-6)
-            facts += torch.tensor([max(1.0, min(pace * self.INTERVAL_S, 10.0 * self.span)), self.stopping()])
-        self.runtime.sum([facts])  # every rank asks next at the step that the chief's clock says
-        found = (self.nodes(), bool(facts[1]))
-        new = found not in (self.known, ("", False))
+            span = max(1.0, min(pace * self.INTERVAL_S, 10.0 * self.span))
+            facts += torch.tensor([span, self.stopping(), left < self.HOLD_S])
+        self.runtime.sum([facts])  # every rank asks next at the step that the chief's clock says, and saves with it
+        found = (names, bool(facts[1]), bool(names) and bool(facts[2]))
+        new = found not in (self.known, ("", False, False))
         self.asked_at, self.asked_step, self.span, self.known = time.monotonic(), step, int(facts[0]), found
-        return new
+        return (max(left, 0.0) if found[2] else 0.0) if new else None
 
 
 def train(
@@ -93,7 +98,8 @@ def train(
         job: what to train.
         runtime: this worker's place.
         report: called on every rank with (step, metrics) at every interval.
-        notices: asked after every step; a new notice makes a checkpoint at once, and training goes on.
+        notices: asked after every step; a new notice makes a checkpoint at once, and training goes on until shortly
+            before the end that it names; what would come after the last checkpoint is not begun.
         on_notice: called on the chief when that checkpoint is stored.
     Raises: Fenced when another group of workers has taken this run over.
     """
@@ -115,11 +121,13 @@ def train(
         runtime.barrier()
 
     def heed(step: int) -> None:
-        if notices and notices(step):
+        wait = notices(step) if notices else None
+        if wait is not None:
             save(trainer)
             if runtime.chief:
                 log.warning("runs.%s: notice: step %d is saved", job.run.key, step)
                 on_notice()
+                time.sleep(wait)  # the other ranks wait for this one's gradients
 
     started = time.perf_counter()
     trainer.run(report, save, heed)
@@ -179,9 +187,12 @@ def ray_worker(config: Mapping[str, Any]) -> None:
         shard=cluster.shard, checkpoint_activations=cluster.checkpoint_activations,
     )  # fmt: skip
 
-    def nodes() -> str:
+    def nodes() -> tuple[str, float]:
         found = ray.train.get_preemption_info()
-        return ",".join(sorted(found.preempted_node_to_ranks)) if found else ""
+        if found is None:
+            return "", math.inf
+        left = math.inf if found.deadline_ms is None else found.deadline_ms / 1000 - time.time()
+        return ",".join(found.preempted_node_ids), left
 
     def report(step: int, metrics: dict[str, float]) -> None:
         ray.train.report({"step": step, **metrics})

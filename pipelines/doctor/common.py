@@ -50,31 +50,12 @@ def said(error: object) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def address_of(params: Params) -> str | None:
-    """The cluster that work goes to, None for this machine."""
-    given = os.environ.get("RAY_ADDRESS") or params.cluster.address
-    return None if given in (None, "local") else given
-
-
 def dashboard_url(address: str) -> str:
     """The HTTP address of the job server: the address itself, or Ray's own port on the same host."""
     if address.startswith(("http://", "https://")):
         return address.rstrip("/")
     host = "127.0.0.1" if address == "auto" else urlsplit(address if "://" in address else f"//{address}").hostname
     return f"http://{f'[{host}]' if host and ':' in host else host}:8265"
-
-
-def tracking_uri(params: Params) -> str:
-    """Where MLflow is asked: the environment, params.yaml, or sqlite beside the project."""
-    from pipelines import tracking
-
-    return os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri or tracking.tracking_uri(paths.root())
-
-
-def store_uri(params: Params) -> str:
-    """cluster.storage as an absolute folder or a URI without a slash at the end."""
-    storage = params.cluster.storage
-    return storage.rstrip("/") if "://" in storage else str((paths.root() / storage).absolute())
 
 
 def probe_name() -> str:
@@ -201,7 +182,7 @@ def mask_of(params: Params) -> Callable[[str], str]:
     with suppress(Exception):  # a broken DVC configuration is the business of another check
         for remote in dvc_config()["remote"].values():
             secrets |= {str(value) for name, value in remote.items() if _SECRET_NAME.search(name)}
-    for address in (address_of(params) or "", tracking_uri(params), params.cluster.storage):
+    for address in (params.cluster.where or "", params.tracking.where, params.cluster.storage):
         with suppress(ValueError):
             secrets.add(urlsplit(address).password or "")
     known = sorted((each.strip() for each in secrets if len(each.strip()) >= 4), key=len, reverse=True)

@@ -13,7 +13,6 @@ from pipelines.doctor.common import (
     NOT_CONFIGURED,
     Finding,
     State,
-    address_of,
     ask,
     clock_finding,
     dashboard_url,
@@ -31,7 +30,7 @@ ENCRYPT = (
 def token_mode(params: Params) -> Iterator[Finding]:
     """RAY_AUTH_MODE: explicit on every machine, or one of them decides otherwise."""
     mode = os.environ.get("RAY_AUTH_MODE", "")
-    if address_of(params) is None:
+    if params.cluster.where is None:
         yield Finding("token mode", "ok", NOT_CONFIGURED)
     elif mode.lower() == "token":
         yield Finding("token mode", "ok", "RAY_AUTH_MODE=token")
@@ -43,7 +42,7 @@ def token_mode(params: Params) -> Iterator[Finding]:
 
 def token_file(params: Params) -> Iterator[Finding]:
     """The token's file: readable by its owner alone (`ray get-auth-token --generate` writes it 0644)."""
-    cluster = address_of(params) is not None
+    cluster = params.cluster.where is not None
     token, path = ray_token()
     if path is not None:
         mode = path.stat().st_mode & 0o777
@@ -63,7 +62,7 @@ def token_file(params: Params) -> Iterator[Finding]:
 
 def token_asked(params: Params) -> Iterator[Finding]:
     """The job server runs what it is sent: without a token it must answer 401, with a wrong one 403."""
-    address = address_of(params)
+    address = params.cluster.where
     if address is None:
         yield Finding("token asked for", "ok", NOT_CONFIGURED)
         return
@@ -93,7 +92,7 @@ def token_asked(params: Params) -> Iterator[Finding]:
 
 def dashboard(params: Params) -> Iterator[Finding]:
     """The address of the job server: on this machine, in a private network, or open to the world."""
-    address = address_of(params)
+    address = params.cluster.where
     if address is None:
         yield Finding("dashboard address", "ok", NOT_CONFIGURED)
         return
@@ -119,7 +118,7 @@ def dashboard(params: Params) -> Iterator[Finding]:
 
 def cluster_clock(params: Params) -> Iterator[Finding]:
     """The head's clock, by the Date header of the job server."""
-    address = address_of(params)
+    address = params.cluster.where
     if address is None:
         yield Finding("clock (cluster)", "ok", NOT_CONFIGURED)
         return

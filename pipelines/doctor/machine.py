@@ -14,13 +14,11 @@ from pipelines.cluster import nodes
 from pipelines.doctor.common import (
     GIB,
     Finding,
-    address_of,
     bounds,
     default_remote,
     dvc_config,
     existing,
     size,
-    store_uri,
 )
 from pipelines.params import Params
 
@@ -101,7 +99,7 @@ def threads(params: Params) -> Iterator[Finding]:
 def hostname(params: Params) -> Iterator[Finding]:
     """A hostname that resolves to loopback makes gloo listen where no other host can reach it."""
     address, interface = nodes.loopback(), os.environ.get("GLOO_SOCKET_IFNAME")
-    if address is None or interface or bounds(params.cluster.workers)[1] == 1 or address_of(params) is None:
+    if address is None or interface or bounds(params.cluster.workers)[1] == 1 or params.cluster.where is None:
         why = f"resolves to {address}" if address else "resolves to no loopback address"
         why += f"; GLOO_SOCKET_IFNAME={interface}" if interface else ""
         why += "; workers meet on this machine alone" if address and not interface else ""
@@ -170,7 +168,7 @@ def disk(params: Params) -> Iterator[Finding]:
     cache = Path(dvc_config()["cache"].get("dir") or paths.root() / ".dvc" / "cache")
     places = {"project": paths.root(), "cache": cache}
     if "://" not in params.cluster.storage:
-        places["store"] = Path(store_uri(params))
+        places["store"] = Path(params.cluster.store)
     together: dict[int, list[tuple[str, Path]]] = {}
     for name, folder in places.items():
         there = existing(folder)
@@ -205,7 +203,7 @@ def needed() -> tuple[int, str]:
 
 def memory(params: Params) -> Iterator[Finding]:
     """Free memory here against the workers that start here; the model and its data come on top."""
-    here = address_of(params) is None
+    here = params.cluster.where is None
     workers = bounds(params.cluster.workers)[1] if here else 0
     need, free = workers * WORKER_BYTES + DRIVER_BYTES, nodes.free_memory()
     found = f"{size(free)} free; {size(need)} for {f'Ray and {workers} idle workers' if here else 'the driver'}"

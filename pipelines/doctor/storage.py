@@ -24,7 +24,6 @@ from pipelines.doctor.common import (
     probe_name,
     said,
     skew_of,
-    store_uri,
 )
 from pipelines.params import Params
 from pipelines.storage import endpoint, place
@@ -104,7 +103,7 @@ def _short_patience() -> Iterator[None]:
 
 def storage_rights(params: Params) -> Iterator[Finding]:
     """A real put, get, conditional put, list and delete under cluster.storage."""
-    check, uri, name = "storage rights", store_uri(params), probe_name()
+    check, uri, name = "storage rights", params.cluster.store, probe_name()
     if "://" not in uri:
         yield _folder_rights(check, Path(uri), "cluster.storage")
         return

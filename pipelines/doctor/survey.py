@@ -23,14 +23,12 @@ from pipelines.doctor.common import (
     NOT_CONFIGURED,
     Finding,
     State,
-    address_of,
     bounds,
     clock_finding,
     existing,
     probe_name,
     said,
     size,
-    store_uri,
 )
 from pipelines.doctor.machine import GLOO, WORKER_BYTES, installed, needed
 from pipelines.params import Params
@@ -41,7 +39,7 @@ ORDER: tuple[State, ...] = ("ok", "unknown", "warn", "bad")
 
 def cluster_nodes(params: Params) -> Iterator[Finding]:
     """Every node: versions, GPUs, disk, memory, clock; and whether all of them have room for the workers."""
-    cluster, address = params.cluster, address_of(params)
+    cluster, address = params.cluster, params.cluster.where
     if address is None:
         yield Finding("cluster", "ok", NOT_CONFIGURED)
         here = nodes.facts(cluster.gpu)
@@ -49,7 +47,7 @@ def cluster_nodes(params: Params) -> Iterator[Finding]:
         yield _room([{"alive": True, "cpus": float(os.cpu_count() or 1), "gpus": float(count)}], params, "this machine")
         return
     with _marker(params) as marker:
-        store = f"{store_uri(params)}/{probe_name()}" if marker is None else None
+        store = f"{params.cluster.store}/{probe_name()}" if marker is None else None
         arguments = {"gpu": cluster.gpu, "marker": marker, "store": store, "seconds": NODES_S / 2}
         survey = _survey_by_job if address.startswith(("http://", "https://")) else _survey_here
         try:
@@ -67,7 +65,7 @@ def _marker(params: Params) -> Iterator[str | None]:
     if "://" in params.cluster.storage:
         yield None
         return
-    with tempfile.NamedTemporaryFile(prefix="dgm-doctor-", dir=existing(Path(store_uri(params)))) as file:
+    with tempfile.NamedTemporaryFile(prefix="dgm-doctor-", dir=existing(Path(params.cluster.store))) as file:
         yield file.name
 
 
@@ -207,7 +205,7 @@ def _node(row: Mapping[str, Any], params: Params, need: int, count: int) -> Find
     if ipaddress.ip_address(row["host"]).is_global:
         say("warn", "it has a public address", "let no port of Ray's in from outside (security group, firewall)")
     what = [f"python {has['python']}", *(f"{name} {version}" for name, version in there.items() if version)]
-    asker = "the head's" if (address_of(params) or "").startswith("http") else "this one's"
+    asker = "the head's" if (params.cluster.where or "").startswith("http") else "this one's"
     what += [
         f"{size(has['disk'])} disk",
         f"{size(has['memory'])} memory",

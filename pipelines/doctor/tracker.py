@@ -9,14 +9,14 @@ from importlib import metadata
 from pathlib import Path
 
 from pipelines import tracking
-from pipelines.doctor.common import Finding, ask, clock_finding, probe_name, said, tracking_uri
+from pipelines.doctor.common import Finding, ask, clock_finding, probe_name, said
 from pipelines.doctor.storage import Door, rights
 from pipelines.params import Params
 
 
 def tracking_server(params: Params) -> Iterator[Finding]:
     """The tracker answers, its registry too, and speaks the client's version. Reads only: MLflow's deletes are soft."""
-    check, uri = "tracking", tracking_uri(params)
+    check, uri = "tracking", params.tracking.where
     database = re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", uri)
     if database and not Path(database[1]).exists():
         yield Finding(check, "ok", f"{uri}: not made yet; the first run makes it")
@@ -49,7 +49,7 @@ def tracking_server(params: Params) -> Iterator[Finding]:
 
 def artifact_rights(params: Params) -> Iterator[Finding]:
     """A real put, get, list and delete under MLflow's artifact root where clients write to S3 themselves."""
-    check, uri = "mlflow artifacts", tracking_uri(params)
+    check, uri = "mlflow artifacts", params.tracking.where
     root = tracking.artifact_root(uri)
     if root is None:
         try:

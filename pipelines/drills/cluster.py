@@ -144,7 +144,9 @@ def notice_node(bench: Bench) -> Outcome:
     _replace(here, host)
     recovery = project.recovered(gone, task)
     project.end(task)
-    return project.check(control, gone, recovery)
+    outcome = project.check(control, gone, recovery)
+    must(not outcome.lost_steps, f"{outcome.lost_steps} steps were taken after the notice's checkpoint, and again")
+    return outcome
 
 
 def hang_worker(bench: Bench) -> Outcome:
