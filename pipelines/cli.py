@@ -138,7 +138,7 @@ def rollback(model: Annotated[str, typer.Argument(help="The registered model.")]
 
     from pipelines import paths, promotion
 
-    entry = promotion.rollback(model, receipt=paths.promotion(model), uri=_uri(_params()))
+    entry = promotion.rollback(model, receipt=paths.promotion(model), uri=_params().tracking.where)
     _say(asdict(entry), as_json, f"{model}: champion is version {entry.to.version} ({entry.to.run}) again")
 
 
@@ -147,7 +147,7 @@ def sync(as_json: Json = False) -> None:
     """Make the MLflow server agree with the receipts: a lost database, another server, a fresh clone."""
     from pipelines import paths, registration
 
-    uri, done, count = _uri(_params()), [], 0
+    uri, done, count = _params().tracking.where, [], 0
     promotions = [
         path for path in paths.promotion("x").parent.glob("*.json") if not path.name.endswith(".verdict.json")
     ]
@@ -156,14 +156,6 @@ def sync(as_json: Json = False) -> None:
         done += registration.sync(receipts, home / "artifacts", home / "evaluations", uri=uri)
         count += len(receipts)
     _say(done, as_json, "\n".join(done) or f"{count} receipts: the server agrees")
-
-
-def _uri(params: Params) -> str:
-    import os
-
-    from pipelines import paths, tracking
-
-    return os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri or tracking.tracking_uri(paths.root())
 
 
 # ---- clusters
@@ -255,9 +247,8 @@ def sweep(
     from dataclasses import asdict
 
     from pipelines import storage
-    from pipelines.stages.train import storage_of
 
-    where = storage.place(storage_of(_params()))
+    where = storage.place(_params().cluster.store)
     found = (storage.abandoned if dry else storage.sweep)(where, hours * 3600)
     words = "\n".join(f"{each.kind:<10} {each.name}" for each in found) or "nothing was left"
     _say([asdict(each) for each in found], as_json, words)
@@ -415,7 +406,11 @@ def register(run: Annotated[str, typer.Argument(help="A key of `runs` or `tuned`
     params = _params()
     _key("runs", run, params.keys)
     receipt = registration.register(
-        paths.artifact(run), paths.evaluation(run), params.dataset_of(run), paths.receipt(run), uri=_uri(params)
+        paths.artifact(run),
+        paths.evaluation(run),
+        params.dataset_of(run),
+        paths.receipt(run),
+        uri=params.tracking.where,
     )
     typer.echo(f"{run}: version {receipt['version']} of {receipt['model']}")
 
@@ -436,7 +431,7 @@ def promote(
     for name in [model] if model else sorted({files.read_json(path)["model"] for path in receipts}):
         _key("datasets", name, params.datasets)
         verdict = promotion.promote(
-            name, params.promotion, receipt=paths.promotion(name), candidates=receipts, uri=_uri(params)
+            name, params.promotion, receipt=paths.promotion(name), candidates=receipts, uri=params.tracking.where
         )
         files.write_bytes(paths.promotion(name).with_suffix(".verdict.json"), verdict.to_json().encode())
         verdicts[name] = asdict(verdict)

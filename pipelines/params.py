@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dgm_models.construct import (
     ConfigError,
@@ -21,6 +23,7 @@ from dgm_models.construct import (
     PositiveFloat,
     checked,
     construct,
+    defaults,
     did_you_mean,
     plain,
 )
@@ -83,7 +86,7 @@ class Space:
     Args:
         log_uniform: [low, high] of a number searched by its logarithm.
         uniform: [low, high] of a number.
-        choice: a list of values.
+        choice: a list of values of any kind: numbers, names, true and false, null, lists, sections.
     """
 
     log_uniform: tuple[PositiveFloat, PositiveFloat] | None = None
@@ -99,10 +102,61 @@ class Space:
             raise ValueError(f"{list(interval)} is not [low, high] with low < high")
         if self.choice is not None and not self.choice:
             raise ValueError("choice: an empty list")
+        if len(set(self.texts())) < len(self.texts()):
+            raise ValueError(f"choice: {self.choice!r} names a value twice")
 
     def ends(self) -> list[Any]:
         """The values to try for validity: both ends, or every choice."""
         return list(self.log_uniform or self.uniform or self.choice or ())
+
+    def texts(self) -> list[str]:
+        """Every choice as JSON, [] of an interval: what a sampler and a picture can hold, whatever the value is."""
+        return [json.dumps(value) for value in self.choice or ()]
+
+    def holds(self, value: Any) -> bool:
+        """Whether the dimension contains a value."""
+        if self.choice is not None:
+            return json.dumps(value) in self.texts()
+        low, high = self.ends()
+        return isinstance(value, int | float) and low <= value <= high
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a search may weigh.
+
+    Attributes:
+        better: which direction is.
+        attempt: of the evaluation (`stages.evaluate.Rows.attempt`) that measures it.
+        model: capabilities, of which the model needs one.
+        data: what the dataset needs: a trained extractor ("classifier"; "extractor" allows raw coordinates), a finite
+            number of levels, known factors.
+    """
+
+    better: Literal["lower", "higher"]
+    attempt: str
+    model: tuple[str, ...] = ("samples",)
+    data: Literal["", "extractor", "classifier", "levels", "factors"] = "extractor"
+
+    @property
+    def worst(self) -> float:
+        return math.inf if self.better == "lower" else -math.inf
+
+
+_LIKELIHOOD = ("density", "bound")
+METRICS: dict[str, Metric] = {
+    "fid": Metric("lower", "fid"),
+    "kid": Metric("lower", "kid"),
+    "inception_score": Metric("higher", "inception_score", data="classifier"),
+    "precision": Metric("higher", "precision"),
+    "recall": Metric("higher", "precision"),
+    "density": Metric("higher", "density"),
+    "coverage": Metric("higher", "density"),
+    "copies": Metric("lower", "copies"),
+    "nll": Metric("lower", "nll", _LIKELIHOOD, ""),
+    "bits_per_dim": Metric("lower", "nll", _LIKELIHOOD, "levels"),
+    "elbo": Metric("higher", "nll", ("bound",), ""),
+}
 
 
 @dataclass(frozen=True)
@@ -110,12 +164,16 @@ class Search:
     """A search over one run's parameters.
 
     Args:
-        run: the run that is varied; its own values are the first trial.
+        run: the run that is varied; its own values are the first trial where the space contains them.
         space: dotted path in the run's section -> a dimension.
+        objective: metric on valid -> weight. The weighted sum is minimised; what is better higher counts negative. A
+            weight says how much of the others one unit of its metric is worth.
+        also: metrics that are measured and shown, and decide nothing.
         trials: how many parameter sets are tried.
         rungs: how often a trial reports, and can be stopped, on its way.
-        grace: the share of the steps that every trial is given.
-        reduction: ASHA keeps one in this many at each rung.
+        grace: the share of the steps that every trial is given. The metrics of a game swing while its players find
+            their balance, and slow learning rates come late: a GAN deserves half of its steps, a VAE a quarter.
+        reduction: ASHA keeps one in this many at each rung; 2 is milder than 3.
         finalists: how many of the best are retrained.
         seeds: fresh seeds with which finalists, and the run as written, are retrained.
         concurrent: trials at once.
@@ -124,6 +182,8 @@ class Search:
 
     run: str
     space: dict[str, Space]
+    objective: dict[str, PositiveFloat] = field(default_factory=lambda: {"fid": 1.0})
+    also: list[str] = field(default_factory=list)
     trials: Positive = 8
     rungs: Positive = 4
     grace: Fraction = 0.25
@@ -132,6 +192,28 @@ class Search:
     seeds: list[int] = field(default_factory=lambda: [101, 102, 103])
     concurrent: Positive = 2
     seed: NonNegative = 0
+
+    def __post_init__(self) -> None:
+        if not self.objective:
+            raise ValueError("objective: empty; name at least one metric and its weight, such as {fid: 1.0}")
+        for name in self.metrics:
+            if self.metrics.count(name) > 1:
+                raise ValueError(f"also: {name!r} is named twice; the metrics of `objective` are recorded anyway")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Every metric that is measured, those of the objective first."""
+        return (*self.objective, *self.also)
+
+    def score(self, values: Mapping[str, float]) -> float:
+        """The objective of measured metrics, lower is better; infinite where one is missing or not finite."""
+        total = 0.0
+        for name, weight in self.objective.items():
+            value = values.get(name, math.nan)
+            if not math.isfinite(value):
+                return math.inf
+            total += weight * (value if METRICS[name].better == "lower" else -value)
+        return total
 
 
 @dataclass(frozen=True)
@@ -175,12 +257,32 @@ class Cluster:
     max_failures: int = 3
     hours: PositiveFloat = 24.0
 
+    @property
+    def where(self) -> str | None:
+        """The cluster that work goes to, by RAY_ADDRESS or `address`; None for this machine."""
+        given = os.environ.get("RAY_ADDRESS") or self.address
+        return None if given == "local" else given
+
+    @property
+    def store(self) -> str:
+        """`storage` as an absolute folder, or a URI without a slash at the end."""
+        from pipelines import paths
+
+        return self.storage.rstrip("/") if "://" in self.storage else str((paths.root() / self.storage).absolute())
+
 
 @dataclass(frozen=True)
 class Tracking:
     """Args: uri: MLflow's tracking URI, null for SQLite in this folder (MLFLOW_TRACKING_URI overrides)."""
 
     uri: str | None = None
+
+    @property
+    def where(self) -> str:
+        """Where MLflow is asked: MLFLOW_TRACKING_URI, `uri`, or sqlite beside the project."""
+        from pipelines import tracking
+
+        return tracking.tracking_uri(given=self.uri)
 
 
 @dataclass(frozen=True)
@@ -357,6 +459,8 @@ def override(section: Section, values: Mapping[str, Any], path: str) -> Section:
 
 
 def _search(search: Search, path: str, runs: Mapping[str, Run], datasets: Iterable[str]) -> Search:
+    from dgm_models import registry
+
     if search.run not in runs:
         raise ConfigError(f"{path}.run: no run {search.run!r}{did_you_mean(search.run, runs)}")
     if not search.space:
@@ -366,7 +470,33 @@ def _search(search: Search, path: str, runs: Mapping[str, Run], datasets: Iterab
         for value in space.ends():  # both ends must be parameters that the run could have been written with
             changed = override(base.section, {dotted: value}, f"{path}.space")
             parse_run(base.key, changed, f"{path}.space.{dotted} -> runs.{search.run}", datasets)
+    capabilities = registry.row(base.method).capabilities
+    check_metrics(search, path, base.method, lambda metric: bool(set(metric.model) & set(capabilities)))
     return search
+
+
+def check_metrics(search: Search, path: str, what: str, can: Callable[[Metric], bool]) -> None:
+    """Raises: ConfigError for the first metric of a search that does not exist, or that `what` cannot have."""
+    allowed = [name for name, metric in METRICS.items() if can(metric)]
+    for section, names in (("objective", tuple(search.objective)), ("also", tuple(search.also))):
+        for name in names:
+            if name not in METRICS:
+                raise ConfigError(f"{path}.{section}: {name!r} is no metric{did_you_mean(name, allowed)}")
+            if name not in allowed:
+                raise ConfigError(f"{path}.{section}: {what} has no {name!r}; allowed: {', '.join(allowed)}")
+
+
+def written(run: Run) -> Section:
+    """A run's section with every default filled, as JSON: what its dotted paths mean."""
+    from dgm_models import registry
+
+    function = registry.builder(run.method)
+    path = f"runs.{run.key}.method"
+    method = defaults(function, checked(function, run.arguments, path, {"data"}), {"data"})
+    network = method.pop("network", None)
+    players = {name: plain(optim) for name, optim in run.optim.players.items()}
+    optim = {**plain(run.optim.default), **players}
+    return {"method": {"name": run.method, **method}, "network": network, "optim": optim, "train": plain(run.train)}
 
 
 def with_values(run: Run, values: Mapping[str, Any], key: str, datasets: Iterable[str], seed: int | None = None) -> Run:

@@ -53,17 +53,18 @@ _opening = threading.Lock()
 # ---------------------------------------------------------------- where the tracker is
 
 
-def tracking_uri(root: Path | None = None) -> str:
-    """MLFLOW_TRACKING_URI, or sqlite beside the project.
+def tracking_uri(root: Path | None = None, given: str | None = None) -> str:
+    """MLFLOW_TRACKING_URI, the URI given, or sqlite beside the project.
 
     Args:
         root: the project's folder; found from the working directory by default.
+        given: what the project's params say.
 
     Raises:
-        ValueError: outside a project, when the variable is not set.
+        ValueError: outside a project, when neither is there.
     """
-    given = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    return given or f"sqlite:///{(root or paths.root()).resolve() / DATABASE}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or given
+    return uri or f"sqlite:///{(root or paths.root()).resolve() / DATABASE}"
 
 
 def shared_uri(given: str | None) -> str | None:

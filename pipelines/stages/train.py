@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import subprocess
 import time
@@ -66,19 +65,12 @@ def git_state() -> dict[str, Any]:
 
 def job_of(run: Run, params: Params) -> Job:
     """The training of a run, with its identity and lineage; the prepared dataset is staged where a cluster is set."""
-    from pipelines.cluster.session import configured
     from pipelines.data import shards
     from pipelines.data.stage import stage
 
-    folder, storage = paths.data(run.dataset), storage_of(params)
-    data = stage(folder, storage) if configured(params.cluster) else str(folder.absolute())
+    folder, storage = paths.data(run.dataset), params.cluster.store
+    data = stage(folder, storage) if params.cluster.where else str(folder.absolute())
     return job(run, data, shards.read_manifest(folder).digest, storage, git_state())
-
-
-def storage_of(params: Params) -> str:
-    """The run store as an absolute folder or a URI."""
-    storage = params.cluster.storage
-    return storage if "://" in storage else str((paths.root() / storage).absolute())
 
 
 def job(run: Run, data: str, data_digest: str, storage: str, git: Mapping[str, Any]) -> Job:
@@ -185,9 +177,14 @@ def curves_of(job: Job, params: Params) -> Any:
     from pipelines.cluster import submission
 
     tags = {name: str(job.lineage[name]) for name in ("git_commit", "git_dirty", "data_digest", "seed")}
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri
-    if submission.ticket() and tracking.shared_uri(uri) is None:
+    if submission.ticket() and tracking.shared_uri(params.tracking.uri) is None:
         return None
     return tracking.Curves(
-        job.run.key, job.digest, job.run.dataset, identity(job.run), tags, paths.scratch() / "spool", uri=uri
+        job.run.key,
+        job.digest,
+        job.run.dataset,
+        identity(job.run),
+        tags,
+        paths.scratch() / "spool",
+        uri=params.tracking.where,
     )
