@@ -110,6 +110,7 @@ def code_of(method_file: str) -> tuple[str, ...]:
         "dgm_models/ops",
         "dgm_models/training",
         "dgm_models/codecs.py",
+        "dgm_models/conditions.py",
         "dgm_models/noise.py",
         "dgm_models/objective.py",
         "dgm_models/protocols.py",
