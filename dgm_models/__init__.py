@@ -1,6 +1,7 @@
 """Deep generative models of every family, trained by one trainer.
 
-`build` gives a model and its objective, `fit` trains them, `save` and `load` keep them, `sample` draws from them.
+`build` gives a model and its objective, `fit` trains them, `save` and `load` keep them, `sample` draws from them,
+`log_prob` says how probable data are.
 Nothing is imported until it is asked for.
 """
 
@@ -9,11 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dgm_models.likelihood import log_prob
     from dgm_models.method import Method, build, fit, load, save
     from dgm_models.protocols import Batch, DataSpec
     from dgm_models.sampling import sample
 
-__all__ = ["Batch", "DataSpec", "Method", "build", "fit", "load", "sample", "save"]
+__all__ = ["Batch", "DataSpec", "Method", "build", "fit", "load", "log_prob", "sample", "save"]
 
 _HOMES = {
     "Batch": "protocols",
@@ -22,6 +24,7 @@ _HOMES = {
     "build": "method",
     "fit": "method",
     "load": "method",
+    "log_prob": "likelihood",
     "save": "method",
     "sample": "sampling",
 }

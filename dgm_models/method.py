@@ -162,7 +162,7 @@ def save(method: Method, folder: str | Path, *, lineage: Mapping[str, Any] | Non
 def load(folder: str | Path) -> Method:
     """A trained method from its artifact: validated JSON and verified tensors, never code.
 
-    Raises: checkpoint.Damaged when a file is not what the manifest says; ConfigError when the spec does not fit.
+    Raises: checkpoint.Damaged when a file is not what the manifest says; ConfigError when spec or weights do not fit.
     """
     folder = Path(folder)
     checkpoint.verify(folder)
@@ -170,7 +170,14 @@ def load(folder: str | Path) -> Method:
     data = construct(DataSpec, spec["data"], "spec.data")
     method = build(spec["method"], data, path="spec.params", **spec["params"])
     method.lineage = spec["lineage"]
-    method.model.load_state_dict(checkpoint.read_tensors(folder, "weights"))
+    try:
+        method.model.load_state_dict(checkpoint.read_tensors(folder, "weights"))
+    except RuntimeError as error:
+        commit = method.lineage.get("git_commit")
+        raise ConfigError(
+            f"{folder}: the weights do not fit {method.name} as it is built now; train it again, or load it with the "
+            f"version of this package that trained it{f' (commit {commit})' if commit else ''}"
+        ) from error
     method.model.eval()
     return method
 

@@ -132,6 +132,22 @@ def sample(
 
 
 @app.command(rich_help_panel=USE)
+def likelihood(
+    target: Annotated[str, typer.Argument(help="A run, an artifact's folder, or models:/digits@champion.")],
+    rows: Annotated[str, typer.Argument(help="A .npy of examples as stored, or a split such as digits/test.")],
+    importance: Annotated[int, typer.Option(min=1, help="Draws of the bound, for models that have one.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of dequantisation and draws.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="A .csv of every row's log-likelihood and rank.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say how probable rows are under a model: log p, bits/dim, and a rank among held-out rows."""
+    from pipelines.stages import likelihood as stage_module
+
+    found = stage_module.likelihood(target, rows, importance, seed, out)
+    _say(found, as_json, stage_module.words(found))
+
+
+@app.command(rich_help_panel=USE)
 def rollback(model: Annotated[str, typer.Argument(help="The registered model.")], as_json: Json = False) -> None:
     """Give the alias `champion` back to the version that had it before."""
     from dataclasses import asdict

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dgm_models import noise
+from dgm_models.likelihood import log_prob
 from dgm_models.metrics import coverage, frechet, inception, kernel, likelihood
 from dgm_models.metrics.estimate import Estimate
 from dgm_models.protocols import Bound, Density, Features
@@ -51,14 +52,16 @@ class Extractor:
         return torch.cat([f for f, _ in found]).double(), torch.cat([p for _, p in found]).double()
 
 
-def compared(dataset: str, settings: Evaluation, split: str = "test") -> int:
+def compared(dataset: str, settings: Evaluation, split: str = "test", data: Path | None = None) -> int:
     """How many samples every row of a dataset compares."""
     from pipelines.data import shards
 
-    return min(shards.read_manifest(paths.data(dataset)).rows[split], settings.max_samples)
+    return min(shards.read_manifest(data or paths.data(dataset)).rows[split], settings.max_samples)
 
 
-def drawn(method: Method, dataset: str, settings: Evaluation, split: str = "test") -> Tensor:
+def drawn(
+    method: Method, dataset: str, settings: Evaluation, split: str = "test", data: Path | None = None
+) -> Tensor:
     """The samples [N, *event] that are compared with a split, by the evaluation's seed.
 
     A model with a condition is asked for what the split's rows are, one by one.
@@ -66,7 +69,7 @@ def drawn(method: Method, dataset: str, settings: Evaluation, split: str = "test
     from dgm_models import sample
     from pipelines.data import shards
 
-    there, n = shards.load(paths.data(dataset), split), compared(dataset, settings, split)
+    there, n = shards.load(data or paths.data(dataset), split), compared(dataset, settings, split, data)
     labels = None if there.cond is None else there.cond[:n]
     cond = conditions(method, there.x[:n], labels, settings.seed)
     return sample(method, n, settings.seed, cond=cond)
@@ -86,11 +89,12 @@ def extractor_of(dataset: str, dims: int) -> Extractor | None:
 
 @dataclass
 class Rows:
-    """The rows of one evaluation.json, and what was refused."""
+    """The rows of one evaluation.json, and what was refused; `wanted`: only these attempts are made, None for all."""
 
     extractor_sha256: str | None
     split: str
     seed: int
+    wanted: frozenset[str] | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     refused: list[dict[str, str]] = field(default_factory=list)
 
@@ -104,6 +108,8 @@ class Rows:
 
     def attempt(self, metric: str, measure: Callable[[], None]) -> None:
         """A metric that cannot be computed honestly is refused with its reason, not printed."""
+        if self.wanted is not None and metric not in self.wanted:
+            return
         try:
             measure()
         except ValueError as error:
@@ -149,7 +155,6 @@ def compare(rows: Rows, extractor: Extractor, real: Tensor, fake: Tensor, train:
     return {"real": real_features.float(), "fake": fake_features.float()}
 
 
-@torch.no_grad()
 def likelihoods(rows: Rows, method: Method, x: Tensor, labels: Tensor | None, settings: Evaluation) -> None:
     """Negative log-likelihood, bits/dim and ELBO of stored x, each labelled by what it is, into `rows`.
 
@@ -158,36 +163,22 @@ def likelihoods(rows: Rows, method: Method, x: Tensor, labels: Tensor | None, se
     """
     model, dims = method.model, method.data.dims
     given = f"_given/{model.condition.name}" if model.condition else ""
-    cond = conditions(method, x, labels, settings.seed)
-
-    def chunks() -> Iterator[tuple[Tensor, Tensor, torch.Generator, Tensor | None]]:
-        for start in range(0, len(x), CHUNK):
-            part = x[start : start + CHUNK]
-            keys = noise.fold(torch.arange(start, start + len(part)), "likelihood", settings.seed)
-            rng = torch.Generator().manual_seed(noise.digest("likelihood", settings.seed, start))
-            encoded, log_det = model.codec.encode(part, keys)
-            yield encoded, log_det, rng, None if cond is None else cond[start : start + CHUNK]
-
-    def add(nats: Tensor, kind: Literal["exact", "bound"]) -> None:
-        rows.add(f"nll{given}", likelihood.mean_estimate(nats), "nats", kind, False)
-        if method.data.levels is not None:
-            bits = likelihood.mean_estimate(likelihood.bits_per_dim(nats, dims))
-            rows.add(f"bits_per_dim{given}", bits, "bits/dim", kind, False)
-
-    if isinstance(model, Density):
-        nats = torch.cat([-(model.log_prob(y, c) + log_det).double() for y, log_det, _, c in chunks()])
-        add(nats, "exact" if model.codec.exact else "bound")
-    elif isinstance(model, Bound):
-        elbo = torch.cat([(model.elbo(y, rng, c) + log_det).double() for y, log_det, rng, c in chunks()])
-        rows.add(f"elbo{given}", likelihood.mean_estimate(elbo), "nats", "bound", False)
-        k = settings.importance
-        tight = [-(model.elbo(y, rng, c, k) + log_det).double() for y, log_det, rng, c in chunks()]
-        add(torch.cat(tight), "bound")
+    if not isinstance(model, Density | Bound):
+        return
+    if not isinstance(model, Density):
+        elbo, kind = log_prob(method, x, labels, 1, settings.seed)
+        rows.add(f"elbo{given}", likelihood.mean_estimate(elbo), "nats", kind, False)
+    nats, kind = log_prob(method, x, labels, settings.importance, settings.seed)
+    rows.add(f"nll{given}", likelihood.mean_estimate(-nats), "nats", kind, False)
+    if method.data.levels is not None:
+        bits = likelihood.mean_estimate(likelihood.bits_per_dim(-nats, dims))
+        rows.add(f"bits_per_dim{given}", bits, "bits/dim", kind, False)
 
 
 def evaluate(
-    method: Method, fake: Tensor, dataset: str, settings: Evaluation, split: str = "test"
-) -> tuple[Rows, dict[str, Tensor]]:
+    method: Method, fake: Tensor, dataset: str, settings: Evaluation, split: str = "test", data: Path | None = None,
+    wanted: frozenset[str] | None = None,
+) -> tuple[Rows, dict[str, Tensor]]:  # fmt: skip
     """Everything that can be said of a model against one split.
 
     Args:
@@ -196,15 +187,18 @@ def evaluate(
         dataset: the prepared dataset's key.
         settings: seeds and sizes.
         split: "test" for the reported row, "valid" for searches.
+        data: the prepared dataset's folder where it is not the project's.
+        wanted: the only attempts to make ("fid", "nll"; `Rows.attempt`), None for all.
     Returns: the rows, and the features (empty without an extractor).
     """
     from pipelines.data import shards
 
-    folder = paths.data(dataset)
-    there, train = shards.load(folder, split), shards.load(folder, "train").x
+    folder = data or paths.data(dataset)
+    there = shards.load(folder, split)
     held_out = there.x
+    train = shards.load(folder, "train").x if wanted is None or "copies" in wanted else held_out[:0]
     extractor = extractor_of(dataset, method.data.dims)
-    rows = Rows(extractor.sha256 if extractor else None, split, settings.seed)
+    rows = Rows(extractor.sha256 if extractor else None, split, settings.seed, wanted)
     n = min(len(held_out), settings.max_samples, len(fake))
     features: dict[str, Tensor] = {}
     if extractor:

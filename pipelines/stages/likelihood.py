@@ -1,0 +1,124 @@
+"""likelihood: how probable a user's rows are under a trained model, beside held-out rows of its dataset."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines import files, paths
+from pipelines.data import shards
+from pipelines.data.raw import SPLITS
+from pipelines.stages.sample import locate
+
+HELD_OUT = 1000  # rows of valid that a row is ranked among, at most
+
+
+def likelihood(target: str, rows: str, importance: int, seed: int, out: Path | None) -> dict[str, Any]:
+    """The mean log-likelihood of rows with its interval, and each row's rank.
+
+    Args:
+        target: a run, an artifact's folder or a registry URI.
+        rows: a .npy of examples [N, *event] in the stored type, or "<dataset>/<split>".
+        importance: draws of the bound, for models that have no density.
+        seed: of dequantisation and of the draws.
+        out: gets one line a row: number, nats, bits/dim, rank. The rank is the share of held-out rows that are less
+            probable than the row: near 0 for an outlier. Nothing without a prepared dataset of the model.
+    Returns: {model, method, rows, kind, n, importance, nats: {value, low, high}, bits_per_dim or None, outliers}.
+        `outliers` is the share of rows less probable than 99% of the held-out rows, None without them.
+    Raises: ValueError that names the rows and what is expected.
+    """
+    import dgm_models
+    from dgm_models.metrics.likelihood import bits_per_dim, mean_estimate
+    from dgm_models.protocols import Density
+
+    if out is not None and out.suffix != ".csv":
+        raise ValueError(f"--out: {out} is no .csv file")
+    with tempfile.TemporaryDirectory(prefix="dgm-") as folder:
+        method = dgm_models.load(locate(target, Path(folder)))
+    x, labels = read(rows, method.data.shape)
+    nats, kind = dgm_models.log_prob(method, x, labels, importance, seed)
+    levels = method.data.levels
+    bits = None if levels is None else bits_per_dim(-nats, method.data.dims)
+    ranks = rank(nats, held_out(method, importance, seed))
+    if out is not None:
+        files.write_bytes(out, table(nats, bits, ranks).encode())
+    return {
+        "model": target,
+        "method": method.name,
+        "rows": rows,
+        "kind": kind,
+        "n": len(nats),
+        "importance": None if isinstance(method.model, Density) else importance,
+        "nats": asdict(mean_estimate(nats)) if len(nats) > 1 else {"value": float(nats[0]), "low": None, "high": None},
+        "bits_per_dim": None if bits is None else float(bits.mean()),
+        "outliers": None if ranks is None else float((ranks < 0.01).double().mean()),
+    }
+
+
+def read(rows: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """Stored examples and their labels, of a split or of a file."""
+    dataset, _, split = rows.rpartition("/")
+    if split in SPLITS and (paths.data(dataset) / "manifest.json").is_file():
+        found = shards.load(paths.data(dataset), split)
+        return found.x, found.cond
+    try:
+        x = torch.from_numpy(np.load(rows, allow_pickle=False))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{rows}: {error}; expected a .npy of examples {shape}, or <dataset>/<split>") from error
+    if tuple(x.shape[1:]) != shape or not len(x):
+        raise ValueError(f"{rows}: holds {tuple(x.shape)}; expected [N, *{shape}]")
+    return x, None
+
+
+def held_out(method: Any, importance: int, seed: int) -> Tensor | None:
+    """The log-likelihoods of the first valid rows of the model's dataset; None where that is not prepared here."""
+    import dgm_models
+
+    folder = paths.data(str(method.lineage.get("dataset")))
+    if not (folder / "manifest.json").is_file():
+        return None
+    valid = shards.load(folder, "valid")
+    labels = None if valid.cond is None else valid.cond[:HELD_OUT]
+    return dgm_models.log_prob(method, valid.x[:HELD_OUT], labels, importance, seed)[0]
+
+
+def rank(nats: Tensor, among: Tensor | None) -> Tensor | None:
+    """[N] in [0, 1]: the share of `among` below each value, half of those that are equal."""
+    if among is None:
+        return None
+    among = among.sort().values
+    below = torch.searchsorted(among, nats) + torch.searchsorted(among, nats, right=True)
+    return below.double() / (2 * len(among))
+
+
+def table(nats: Tensor, bits: Tensor | None, ranks: Tensor | None) -> str:
+    """CSV of one line a row."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    columns = {"nats": nats, "bits_per_dim": bits, "rank": ranks}
+    given = {name: values.tolist() for name, values in columns.items() if values is not None}
+    writer.writerow(["row", *given])
+    writer.writerows([number, *values] for number, values in enumerate(zip(*given.values(), strict=True)))
+    return stream.getvalue()
+
+
+def words(found: dict[str, Any]) -> str:
+    """The result as one paragraph."""
+    nats, kind = found["nats"], "exact" if found["kind"] == "exact" else "a lower bound"
+    if found["importance"]:
+        kind += f", {found['importance']} draws"
+    interval = "" if nats["low"] is None else f" [{nats['low']:.2f}, {nats['high']:.2f}]"
+    lines = [f"{found['rows']}: log p = {nats['value']:.2f}{interval} nats a row ({kind}), {found['n']} rows"]
+    if found["bits_per_dim"] is not None:
+        lines.append(f"bits/dim {found['bits_per_dim']:.4f}")
+    if found["outliers"] is not None:
+        lines.append(f"{found['outliers']:.1%} of the rows are less probable than 99% of held-out rows")
+    return "\n".join(lines)
