@@ -460,6 +460,7 @@ def environment_here(folder: Path, more: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
     plain = {"PATH": path, "DGM_ROOT": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    plain |= {"RAY_worker_niceness": "0"}  # Ray's 15 would leave a drill's time to whatever else runs here
     return kept | plain | {"DGM_STORAGE_PATIENCE": "60", **more}
 
 
