@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RUN_DIGEST = "dgm.run_digest"
+PARENT = "mlflow.parentRunId"  # MLflow shows a run with this tag under the run that it names
 ARTIFACTS = "mlartifacts"
 DATABASE = "mlflow.db"
 
@@ -96,17 +97,31 @@ def client(uri: str | None = None) -> MlflowClient:
     from mlflow import MlflowClient
 
     uri = uri or tracking_uri()
-    made = MlflowClient(tracking_uri=uri, registry_uri=uri)
     database = _sqlite_file(uri)
-    if database and uri not in _opened:
-        # Two processes that both find no tables would both create them, and one would fail.
-        database.parent.mkdir(parents=True, exist_ok=True)
-        name = "dgm-" + hashlib.sha256(str(database).encode()).hexdigest()[:16] + ".lock"
-        with _opening, open(Path(tempfile.gettempdir()) / name, "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            made.search_experiments(max_results=1)
-            _opened.add(uri)
+    if database is None or uri in _opened:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    # Two processes that both find no tables would both create them, and one would fail.
+    database.parent.mkdir(parents=True, exist_ok=True)
+    name = "dgm-" + hashlib.sha256(str(database).encode()).hexdigest()[:16] + ".lock"
+    with _opening, open(Path(tempfile.gettempdir()) / name, "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not database.exists():  # asked before there is a client: making one makes the tables
+            _create(database)
+        made = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        made.search_experiments(max_results=1)
+        _opened.add(uri)
     return made
+
+
+def _create(database: Path) -> None:
+    """A database with MLflow's tables, whole or not at all: one that a kill left half migrated can never be opened."""
+    from mlflow import MlflowClient
+
+    new = database.with_name(f"{database.name}.new")
+    for end in ("", "-journal", "-wal", "-shm"):
+        new.with_name(new.name + end).unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"sqlite:///{new}", registry_uri=f"sqlite:///{new}").search_experiments(max_results=1)
+    os.replace(new, database)
 
 
 def artifact_store(root: str) -> ArtifactRepository:
@@ -259,6 +274,15 @@ class _Header:
     experiment: str
     params: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    parent: dict[str, Any] | None = None  # the header of the run under which this one is nested
+
+
+@dataclass
+class _Family:
+    """What a run and those nested under it share: until when a tracker that failed is left alone, and the runs' ids."""
+
+    until: float = -math.inf
+    run_ids: dict[str, str] = field(default_factory=dict)
 
 
 class Curves:
@@ -277,6 +301,7 @@ class Curves:
         uri: the tracker; resolved here and now by default, so that it is the submitter's.
         wait: the most seconds that one call may cost.
         pause: seconds without a try after a failure.
+        parent: the header of the run under which this one is nested (`child` gives it).
 
     Example:
         >>> curves = Curves("ddpm", "4f1c", "digits", {"seed": 0}, {}, Path("run/spool"))  # doctest: +SKIP
@@ -295,20 +320,30 @@ class Curves:
         uri: str | None = None,
         wait: float = 5.0,
         pause: float = 30.0,
+        parent: dict[str, Any] | None = None,
     ) -> None:
-        self._header = _Header(run_name, run_digest, experiment, dict(params), dict(tags))
+        self._header = _Header(run_name, run_digest, experiment, dict(params), dict(tags), parent)
         self._folder, self.uri, self.wait, self.pause = Path(spool), uri or tracking_uri(), wait, pause
         self.run_id: str | None = None
         self._file: IO[str] | None = None
         self._pending: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._not_before = -math.inf
+        self._family = _Family()
 
     def __reduce__(self) -> tuple[Any, ...]:
         head = self._header
         plain = (head.run_name, head.run_digest, head.experiment, head.params, head.tags)
-        return (Curves, (*plain, self._folder, self.uri, self.wait, self.pause))
+        return (Curves, (*plain, self._folder, self.uri, self.wait, self.pause, head.parent))
+
+    def child(self, run_name: str, run_digest: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Curves:
+        """The curves of a run that MLflow nests under this one. While the tracker fails, all of them wait together."""
+        head, folder = self._header, self._folder
+        made = Curves(
+            run_name, run_digest, head.experiment, params, tags, folder, self.uri, self.wait, self.pause, asdict(head)
+        )
+        made._family = self._family
+        return made
 
     def log(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Logs values at a step; what the run holds already (a resumed training repeats steps) is left out.
@@ -324,33 +359,61 @@ class Curves:
                 log.debug("metric %s is no number", name)
         return self._put({"step": int(step), "time": time.time(), "metrics": numbers}) and self._try()
 
-    def finish(self, status: str = "FINISHED") -> bool:
-        """Ends the run as FINISHED, FAILED or KILLED, and tries once more to send what waits.
+    def finish(self, status: str = "FINISHED", tags: Mapping[str, str] | None = None) -> bool:
+        """Ends the run as FINISHED, FAILED or KILLED, with these tags, and tries once more to send what waits.
 
         Returns:
             True when everything is in MLflow; otherwise the spool keeps it for `replay` or the next start.
         """
         if status not in ("FINISHED", "FAILED", "KILLED"):
             raise ValueError(f"status: {status!r} is none of FINISHED, FAILED, KILLED")
-        self._put({"finish": status})
+        self._put(_end(status, tags))
         if self._thread:
             self._thread.join(self.wait)
-        self._not_before = -math.inf
+        if self._header.parent is None:  # of a whole family, one may cost a wait beyond the pause
+            self._family.until = -math.inf
         sent = self._try()
         self.close()
         return sent
 
-    def complete(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    @property
+    def run_digest(self) -> str:
+        return self._header.run_digest
+
+    def complete(
+        self, rows: Sequence[Mapping[str, Any]], status: str | None = None, tags: Mapping[str, str] | None = None
+    ) -> bool:
         """Sends what of these rows the run lacks: a worker that dies right after a report takes the report along.
 
         Args:
             rows: {"step": int, "metrics": {name: value}} of the whole training.
+            status, tags: with which the run ends; None leaves it open.
+
+        Returns:
+            False when the tracker did not take them.
         """
         try:
             mlflow = client(self.uri)
-            send_rows(mlflow, _start(mlflow, self._header), rows, gaps=True)
+            run_id = _start(mlflow, self._header, self._family.run_ids)
+            for path in _spooled(self._folder, self.run_digest):
+                _replay_file(mlflow, path)
+            _send_lines(mlflow, run_id, [*rows, *([_end(status, tags)] if status else [])], gaps=True)
         except Exception as error:  # the registration sends them again
             self._fail(f"{self.uri} does not take the curves: {type(error).__name__}: {error}")
+            return False
+        return True
+
+    def end_strays(self, known: Collection[str]) -> None:
+        """Ends, as KILLED, nested runs that are still open and have none of these digests."""
+        try:
+            mlflow = client(self.uri)
+            place = experiment_id(mlflow, self._header.experiment)
+            run_id = _start(mlflow, self._header, self._family.run_ids)
+            for run in mlflow.search_runs([place], f"tags.`{PARENT}` = '{run_id}'"):
+                if run.info.status == "RUNNING" and run.data.tags.get(RUN_DIGEST) not in known:
+                    mlflow.set_terminated(run.info.run_id, "KILLED")
+        except Exception as error:
+            self._fail(f"{self.uri} does not end runs: {type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Lets the spool file go, so that another process may replay it; an empty one is removed."""
@@ -381,7 +444,7 @@ class Curves:
         return True
 
     def _try(self) -> bool:
-        if time.monotonic() < self._not_before or (self._thread and self._thread.is_alive()):
+        if time.monotonic() < self._family.until or (self._thread and self._thread.is_alive()):
             return False
         self._thread = threading.Thread(target=self._send, name="dgm-curves", daemon=True)
         self._thread.start()
@@ -397,7 +460,7 @@ class Curves:
                 rows = list(self._pending)
             mlflow = client(self.uri)
             if self.run_id is None:
-                run_id = _start(mlflow, self._header)
+                run_id = _start(mlflow, self._header, self._family.run_ids)
                 for path in _spooled(self._folder, self._header.run_digest):
                     _replay_file(mlflow, path)  # what an earlier process could not send comes first
                 if mlflow.get_run(run_id).info.status != "RUNNING":
@@ -409,12 +472,12 @@ class Curves:
                 if not self._pending and self._file is not None:
                     self._file.seek(0)
                     self._file.truncate()
-            self._not_before = -math.inf
+            self._family.until = -math.inf
         except Exception as error:  # whatever the tracker does, the training goes on
             self._fail(f"{self.uri} does not take the curves: {type(error).__name__}: {error}")
 
     def _fail(self, text: str) -> None:
-        self._not_before = time.monotonic() + self.pause
+        self._family.until = time.monotonic() + self.pause
         self._warn(text)
 
     def _warn(self, text: str) -> None:
@@ -477,15 +540,26 @@ def _read_lines(file: Iterable[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def _start(mlflow: MlflowClient, header: _Header) -> str:
-    run = digest_run(mlflow, header.experiment, header.run_digest, header.run_name, header.tags)
-    send_params(mlflow, run.info.run_id, header.params)
-    return str(run.info.run_id)
+def _start(mlflow: MlflowClient, header: _Header, known: dict[str, str] | None = None) -> str:
+    """The id of a run that is there from now on; `known`: digest -> id of those that are."""
+    known = {} if known is None else known
+    if header.run_digest not in known:
+        above = {PARENT: _start(mlflow, _Header(**header.parent), known)} if header.parent else {}
+        run = digest_run(mlflow, header.experiment, header.run_digest, header.run_name, {**header.tags, **above})
+        send_params(mlflow, run.info.run_id, header.params)
+        known[header.run_digest] = str(run.info.run_id)
+    return known[header.run_digest]
+
+
+def _end(status: str, tags: Mapping[str, str] | None) -> dict[str, Any]:
+    return {"finish": status, "tags": dict(tags or {})}
 
 
 def _send_lines(mlflow: MlflowClient, run_id: str, lines: Sequence[Mapping[str, Any]], gaps: bool) -> int:
     sent = send_rows(mlflow, run_id, [line for line in lines if "finish" not in line], gaps)
-    status = [line["finish"] for line in lines if "finish" in line]
-    if status:
-        mlflow.set_terminated(run_id, status[-1])
+    ends = [line for line in lines if "finish" in line]
+    if ends:
+        for name, value in ends[-1].get("tags", {}).items():
+            mlflow.set_tag(run_id, name, value)
+        mlflow.set_terminated(run_id, ends[-1]["finish"])
     return sent

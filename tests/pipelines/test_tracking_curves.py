@@ -91,6 +91,24 @@ def test_tracking_uri_is_the_environments_or_sqlite_in_the_project(
     assert tracking.tracking_uri(tmp_path) == "http://tracker:5000"
 
 
+def test_tracking_database_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Killed at the rename, and before it within a migration: the next process makes the tables anew."""
+    database = tmp_path / "mlflow.db"
+    code = (
+        "import os, signal, sys; from pipelines import tracking\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "tracking.client(sys.argv[1])"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, f"sqlite:///{database}"], check=False)
+    assert killed.returncode == -signal.SIGKILL and not database.exists()
+    left = tmp_path / "mlflow.db.new"
+    left.unlink()
+    with contextlib.closing(sqlite3.connect(left)) as half:
+        half.execute("create table _alembic_tmp_experiment_tags (key text)")
+    assert tracking.client(f"sqlite:///{database}").search_experiments()
+    assert database.exists() and not left.exists()
+
+
 def test_tracking_client_keeps_what_the_user_set(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
