@@ -39,6 +39,7 @@ class Turn:
         updates: optimizer updates in a step.
         every: the turn is taken at steps divisible by this.
         fresh: every update draws a batch of its own; otherwise the turns of a step share one.
+        name: in front of its metrics where a model has several players; the player's own by default.
     """
 
     player: str
@@ -46,6 +47,7 @@ class Turn:
     updates: int = 1
     every: int = 1
     fresh: bool = False
+    name: str = ""
 
 
 class Objective(nn.Module):
@@ -56,10 +58,12 @@ class Objective(nn.Module):
             transport plans): gradient accumulation then raises, and equality over ranks holds only as the
             registry row declares.
         double_backward: a loss differentiates a gradient; torch.compile cannot take such a loss.
+        whole: `prepare` differentiates the model, whose parameters then cannot be divided among workers.
     """
 
     additive: bool = True
     double_backward: bool = False
+    whole: bool = False
 
     def turns(self) -> Sequence[Turn]:
         raise NotImplementedError(f"{type(self).__name__} names no turns")
@@ -80,3 +84,18 @@ class Objective(nn.Module):
 
     def initialize(self, model: Any, batch: Batch) -> None:
         """Runs once before the first step on the whole global batch, on every rank, without gradient."""
+
+    def watch(self, model: Any, batch: Batch, last: bool) -> Mapping[str, Tensor]:
+        """What a report adds to its metrics: name -> scalar, a mean over the batch. Nothing by default, at no cost.
+
+        Runs at every report, with gradient, outside of autocast. It is called on a copy of the objective with a copy
+        of the model, and torch's generator is put back after it: whatever it does is forgotten. Every rank does the
+        same work on the same rows, as if it were alone.
+
+        Args:
+            model: a copy of the model as it stands.
+            batch: [B, *event] encoded, not prepared: the rows of the next two global batches, at most
+                `trainer.WATCHED`, with keys of their own.
+            last: whether the training ends with this report.
+        """
+        return {}

@@ -65,7 +65,7 @@ def _log_densities(samples: Tensor, rows: Tensor, widths: Sequence[float]) -> li
     """For each width the log density [m] of the rows, in nats."""
     n, dims = samples.shape
     found: list[list[Tensor]] = [[] for _ in widths]
-    for part in rows.split(max(1, _ENTRIES // n)):
+    for part in rows.split(max(1, _ENTRIES // n)):  # type: ignore[no-untyped-call]
         square = torch.cdist(part, samples, compute_mode="use_mm_for_euclid_dist").square()
         for width, values in zip(widths, found, strict=True):
             constant = math.log(n) + dims * (math.log(width) + 0.5 * math.log(2 * math.pi))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from dgm_models import noise
 from dgm_models.construct import Fraction, NonNegative, Positive
+from dgm_models.nn.tricks import couples
 from dgm_models.objective import Loss, Objective, Turn
 from dgm_models.protocols import Batch, Model
 from dgm_models.training import checkpoint
@@ -23,6 +25,8 @@ from dgm_models.training.reduce import Reduction
 from dgm_models.training.runtime import Precision, Runtime, use
 from dgm_models.training.shard import ShardedReduction, local, parts, run, shard, whole
 from dgm_models.training.source import Source
+
+WATCHED = 512  # rows that an objective's `watch` sees at most, on every rank
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class Trainer:
 
     def _check(self) -> None:
         train, world = self.train, self.runtime.world
-        if not self.objective.additive and train.accumulate > 1:
+        if (not self.objective.additive or couples(self.model)) and train.accumulate > 1:
             raise ValueError(
                 f"train.accumulate: {type(self.objective).__name__} couples the examples of a batch; set it to 1"
             )
@@ -153,10 +157,15 @@ class Trainer:
                 f"cluster.shard: {type(self.model).__name__} has {len(self.players)} players "
                 f"({', '.join(self.players)}) and only models of one player are sharded; set it to false"
             )
-        if self.runtime.shard and type(self.objective).initialize is not Objective.initialize:
+        kind = type(self.objective)
+        needs = {
+            "differentiates the model in `prepare`": self.objective.whole,
+            "computes initial weights from data": kind.initialize is not Objective.initialize,
+            "watches copies of the model": kind.watch is not Objective.watch,
+        }
+        for what in (what for what, needed in needs.items() if needed and self.runtime.shard):
             raise ValueError(
-                f"cluster.shard: {type(self.objective).__name__} computes initial weights from data, which needs "
-                "the whole model on every worker; set it to false"
+                f"cluster.shard: {kind.__name__} {what}, which needs the whole model on every worker; set it to false"
             )
         for turn in self.turns:
             if turn.player not in self.players:
@@ -277,7 +286,7 @@ class Trainer:
                 group["lr"] = settings.lr * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        prefix = f"{turn.player}/" if len(self.players) > 1 else ""
+        prefix = f"{turn.name or turn.player}/" if len(self.players) > 1 else ""
         for name, value in sums.items():
             self._record(prefix + name, value, count)
         self._record(f"{prefix}gradient_norm", norm, torch.ones_like(norm))
@@ -309,6 +318,28 @@ class Trainer:
         means = {name: float(total / self._counts[name]) for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
+
+    def _watch(self, last: bool) -> None:
+        """Adds to this report's metrics what the objective says of the players at this point.
+
+        Every rank sees the same rows and does the same work, as if it were alone: what is found by optimising on a
+        share of the rows would depend on the number of ranks. The position and every module stay as they are.
+        """
+        if type(self.objective).watch is Objective.watch:
+            return
+        first, end = self.runtime.share(min(2 * self.train.batch_size, max(WATCHED, self.runtime.world)))
+        batch = self._fetch(self.source, self.position + first, self.position + end, "watch")
+        batch = batch.map(self.runtime.gather)
+        model, objective = copy.deepcopy((self.model, self.objective))
+        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
+        with use(replace(self.runtime, rank=0, world=1)), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(noise.digest(self.seed, "watch", self.step_number))
+            seen = objective.watch(model, batch, last)
+        values = {name: value.detach().float().to(self.runtime.device) for name, value in seen.items()}
+        self.runtime.sum(list(values.values()))  # equal but for last bits on accelerators: reports are identical
+        count = torch.tensor(float(self.runtime.world), device=self.runtime.device)
+        for name, value in values.items():
+            self._record(name, value, count)
 
     # ---- validation
 
@@ -431,6 +462,7 @@ class Trainer:
                 self.step()
                 last = self.done
                 if last or self.step_number % self.train.report_every == 0:
+                    self._watch(last)
                     self.history.append((self.step_number, self.metrics()))
                     if report:
                         report(*self.history[-1])
