@@ -2,55 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgm_models.conditions import Condition
 from dgm_models.construct import Positive
-from dgm_models.nn.adversarial import GeneratorCritic
+from dgm_models.nn.adversarial import GeneratorCritic, Tricks
+from dgm_models.nn.game import Classification
 from dgm_models.nn.networks import Mlp, Network
-from dgm_models.objective import Loss, Objective, Turn
-from dgm_models.protocols import Batch, DataSpec
+from dgm_models.ops.games import Watch
+from dgm_models.protocols import DataSpec
 
 
-def critic_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """-log sigmoid(D(x)) - log(1 - sigmoid(D(G(z)))) from logits [B]: [B] nats; log 4 at the game's optimum."""
-    return F.softplus(-real) + F.softplus(fake)
+class NonSaturating(Classification):
+    """Critic: minimises -log s(D(x)) - log(1 - s(D(G(z)))). Generator: minimises -log s(D(G(z))).
 
-
-def generator_loss(fake: Tensor) -> Tensor:
-    """-log sigmoid(D(G(z))) from logits [B]: [B] nats."""
-    return F.softplus(-fake)
-
-
-class NonSaturating(Objective):
-    """Critic: minimises -log D(x) - log(1 - D(G(z))). Generator: minimises -log D(G(z)).
-
+    The generator's gradient does not vanish where the critic is sure; it is no gradient of the game's value.
     Source: Goodfellow et al. 2014, section 3, arXiv:1406.2661, in logits.
     """
 
-    def __init__(self, critic_steps: int) -> None:
-        super().__init__()
-        self.critic_steps = critic_steps
-
-    def turns(self) -> Sequence[Turn]:
-        return (
-            Turn("critic", self.critic_turn, updates=self.critic_steps, fresh=self.critic_steps > 1),
-            Turn("generator", self.generator_turn),
-        )
-
-    def critic_turn(self, model: GeneratorCritic, batch: Batch) -> Loss:
-        real, fake = model.critic(batch.x), model.critic(model.generate(batch).detach())
-        right = ((real > 0).sum() + (fake < 0).sum()) / 2
-        return Loss(critic_loss(real, fake).sum(), {"accuracy": right})
-
-    def generator_turn(self, model: GeneratorCritic, batch: Batch) -> Loss:
-        return Loss(generator_loss(model.critic(model.generate(batch))).sum())
+    def generator_loss(self, fake: Tensor) -> Tensor:
+        return F.softplus(-fake)
 
 
 def non_saturating(
-    data: DataSpec, network: Network = Mlp(), latent_dim: Positive = 32, critic_steps: Positive = 1
+    data: DataSpec,
+    network: Network = Mlp(),
+    latent_dim: Positive = 32,
+    critic_steps: Positive = 1,
+    cond: Condition | None = None,
+    projection: bool = False,
+    tricks: Tricks = Tricks(),
+    watch: Watch = Watch(),
 ) -> tuple[GeneratorCritic, NonSaturating]:
     """A GAN.
 
@@ -59,5 +42,10 @@ def non_saturating(
         network: gives generator and critic.
         latent_dim: the dimension of z.
         critic_steps: critic updates for one generator update, each on a batch of its own when above 1.
+        cond: what a sample is asked for.
+        projection: the critic reads the condition by an inner product with its features.
+        tricks: parts that go with any adversarial method.
+        watch: what is measured of the game at reports.
     """
-    return GeneratorCritic(data, network, latent_dim), NonSaturating(critic_steps)
+    model = GeneratorCritic(data, network, latent_dim, cond, projection, tricks)
+    return model, NonSaturating(model, critic_steps, tricks, watch)

@@ -1,82 +1,142 @@
-"""The shell of latent-variable models: encoder, decoder, standard normal prior, a likelihood of stored data."""
+"""The shell of latent-variable models: standard normal prior, decoder, a likelihood of stored data, a posterior."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgm_models.codecs import discrete
+from dgm_models.conditions import Condition
+from dgm_models.nn.conditioner import Conditioner, check
 from dgm_models.nn.networks import Network
 from dgm_models.ops.divergences import kl_to_standard_normal
 from dgm_models.ops.likelihoods import Name, centred, likelihood
-from dgm_models.protocols import DataSpec, Model
+from dgm_models.protocols import Batch, DataSpec, Model
+
+PASS = 2**24  # decoder outputs held at once by `elbo` and `prior_estimate`; 64 MiB of float32
+
+Posterior = tuple[Tensor, Tensor]  # mean and log-variance of a diagonal Gaussian, each [B, latent_dim]
 
 
 class LatentVariable(Model):
-    """p(x) = integral of p(x|z) N(z; 0, I), with the amortised posterior q(z|x) = N(mean(x), diag var(x)).
+    """p(x|c) = integral of p(x|z, c) N(z; 0, I) dz, with the posterior q(z|x, c) = N(mean, diag var).
 
     Args:
         data: what is modelled.
-        network: gives the encoder and the decoder.
+        network: gives the decoder, which gets z with the condition's vector, and the encoder, which gets x joined with
+            the condition.
         latent_dim: the dimension of z.
         name: the decoder's likelihood.
+        condition: what a sample is asked for, or None.
+        amortised: the encoder gives the posterior; False makes no encoder: a subclass has a `posterior` of its own.
     """
 
-    def __init__(self, data: DataSpec, network: Network, latent_dim: int, name: Name) -> None:
+    encoder: nn.Module
+
+    def __init__(
+        self,
+        data: DataSpec,
+        network: Network,
+        latent_dim: int,
+        name: Name,
+        condition: Condition | None = None,
+        amortised: bool = True,
+    ) -> None:
         super().__init__(data, discrete(data))
+        self.condition = condition
         self.latent_dim = latent_dim
         self.likelihood = likelihood(name, data)
-        self.encoder = network.down(data.shape, 2 * latent_dim)
+        self.conditioner = Conditioner(condition, data, network)
+        if amortised:
+            self.encoder = network.down(self.conditioner.joined(data.shape), 2 * latent_dim)
         channels, *rest = data.shape
-        self.decoder = network.up(latent_dim, (self.likelihood.num_params * channels, *rest))
+        outputs = (self.likelihood.num_params * channels, *rest)
+        self.decoder = network.up(latent_dim + self.conditioner.vector_dim, outputs)
 
-    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of q(z|x), each [B, latent_dim]."""
-        h = self.encoder(centred(x, self.data))
+    def posterior(self, x: Tensor, cond: Tensor | None = None) -> Posterior:
+        """Mean and log-variance of q(z|x, c), each [B, latent_dim]."""
+        h = self.encoder(self.conditioner.join(centred(x, self.data), cond))
         mean, log_variance = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2, dim=1)
         return mean, log_variance.clamp(-14, 14)
 
-    def outputs(self, z: Tensor) -> Tensor:
-        """The likelihood's params [B, num_params, *event]."""
-        flat: Tensor = self.decoder(z)
+    def given(self, batch: Batch) -> Tensor | None:
+        """The batch's conditions; labels that the model was not built for are passed over."""
+        return batch.cond if self.condition else None
+
+    def outputs(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The likelihood's params [B, num_params, *event] at z [B, latent_dim]."""
+        flat: Tensor = self.decoder(self.conditioner.with_vector(z, cond))
         return flat.reshape(len(z), self.likelihood.num_params, *self.data.shape)
 
-    def terms(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruction log p(x|z) and KL(q(z|x) || p(z)), each [B] nats, at z = mean + std * eps."""
-        mean, log_variance = self.posterior(x)
-        z = mean + (0.5 * log_variance).exp() * eps
-        return self.likelihood.log_prob(self.outputs(z), x), kl_to_standard_normal(mean, log_variance)
+    def log_likelihood(self, x: Tensor, z: Tensor, cond: Tensor | None = None) -> Tensor:
+        """log p(x|z, c) [B, K] nats of K codes for every example, z [B, K, latent_dim], in one pass."""
+        rows, draws = z.shape[:2]
+        xs = x.repeat_interleave(draws, 0)
+        conds = None if cond is None else cond.repeat_interleave(draws, 0)
+        return self.likelihood.log_prob(self.outputs(z.flatten(0, 1), conds), xs).reshape(rows, draws)
+
+    def terms(self, x: Tensor, q: Posterior, eps: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Reconstruction log p(x|z, c) at z = mean + std * eps, eps [B, latent_dim], and KL(q || p(z)): [B] nats."""
+        z = reparametrised(q, eps)
+        return self.likelihood.log_prob(self.outputs(z, cond), x), kl_to_standard_normal(*q)
 
     def elbo(self, x: Tensor, rng: torch.Generator, cond: Tensor | None = None, k: int = 1) -> Tensor:
-        """[B] nats: log (1/k) sum_i p(x, z_i) / q(z_i|x), z_i ~ q; tighter as k grows (Burda et al. 2016)."""
-        _unconditional(cond)
-        mean, log_variance = self.posterior(x)
+        """[B] nats: log (1/k) sum_i p(x, z_i|c) / q(z_i|x, c), z_i ~ q; tighter as k grows.
+
+        Source: Burda et al. 2016, eq. 8, arXiv:1509.00519.
+        """
+        check(self.condition, cond)
+        q = self.posterior(x, cond)
         weights = []
-        for _ in range(k):
-            eps = torch.randn(mean.shape, generator=rng, device=mean.device, dtype=mean.dtype)
-            z = mean + (0.5 * log_variance).exp() * eps
-            log_ratio = 0.5 * (eps**2 + log_variance - z**2).sum(1)  # log p(z) - log q(z|x)
-            weights.append(self.likelihood.log_prob(self.outputs(z), x) + log_ratio)
-        stacked = torch.stack(weights)  # [k, B]
-        return stacked.logsumexp(0) - math.log(k)
+        for eps in self._draws(x, q[0], rng, k):
+            z = reparametrised(q, eps)
+            weights.append(self.log_likelihood(x, z, cond) + log_ratio(z, q))
+        return torch.cat(weights, 1).logsumexp(1) - math.log(k)
+
+    def prior_estimate(self, x: Tensor, rng: torch.Generator, k: int, cond: Tensor | None = None) -> Tensor:
+        """[B] nats: log (1/k) sum_i p(x|z_i, c), z_i ~ N(0, I): the estimate that needs no posterior.
+
+        A lower bound of log p(x) in expectation, as `elbo` is, and loose: nearly all z explain a given x badly.
+        """
+        check(self.condition, cond)
+        like = next(self.decoder.parameters()).new_empty(len(x), self.latent_dim)
+        found = [self.log_likelihood(x, z, cond) for z in self._draws(x, like, rng, k)]
+        return torch.cat(found, 1).logsumexp(1) - math.log(k)
+
+    def _draws(self, x: Tensor, like: Tensor, rng: torch.Generator, k: int) -> Iterator[Tensor]:
+        """k standard normal draws for every example in portions [B, n, latent_dim] that `PASS` allows."""
+        each = max(1, PASS // (len(x) * self.likelihood.num_params * self.data.dims))
+        for start in range(0, k, each):
+            shape = (min(each, k - start), len(x), self.latent_dim)
+            yield torch.randn(shape, generator=rng, device=like.device, dtype=like.dtype).transpose(0, 1)
 
     @torch.no_grad()
     def sample(self, n: int, rng: torch.Generator, cond: Tensor | None = None) -> Tensor:
-        _unconditional(cond)
+        check(self.condition, cond)
         z = torch.randn(n, self.latent_dim, generator=rng, device=rng.device)
-        return self.likelihood.sample(self.outputs(z), rng)
+        return self.likelihood.sample(self.outputs(z, cond), rng)
 
     @torch.no_grad()
-    def encode(self, x: Tensor) -> Tensor:
-        return self.posterior(x)[0]
+    def encode(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        check(self.condition, cond)
+        return self.posterior(x, cond)[0]
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Tensor:
-        return self.likelihood.mode(self.outputs(z))
+    def decode(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
+        check(self.condition, cond)
+        return self.likelihood.mode(self.outputs(z, cond))
 
 
-def _unconditional(cond: Tensor | None) -> None:
-    if cond is not None:
-        raise ValueError("cond: this model was built without a condition")
+def reparametrised(q: Posterior, eps: Tensor) -> Tensor:
+    """z = mean + std * eps, with gradients to both; eps [B, latent_dim] or [B, K, latent_dim], as the result."""
+    mean, log_variance = (part if eps.ndim == 2 else part[:, None] for part in q)
+    return mean + (0.5 * log_variance).exp() * eps
+
+
+def log_ratio(z: Tensor, q: Posterior) -> Tensor:
+    """log N(z; 0, I) - log N(z; mean, diag var) [B, K] nats at z [B, K, latent_dim]."""
+    mean, log_variance = (part[:, None] for part in q)
+    return 0.5 * ((z - mean) ** 2 * (-log_variance).exp() + log_variance - z**2).sum(-1)
