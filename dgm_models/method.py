@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from dgm_models import registry
 from dgm_models.construct import ConfigError, checked, construct, defaults, plain
+from dgm_models.nn.composite import Composite
 from dgm_models.objective import Objective
-from dgm_models.protocols import Batch, DataSpec, Model, capabilities
+from dgm_models.protocols import Batch, Codes, DataSpec, Model, capabilities
 from dgm_models.training import checkpoint
 from dgm_models.training.optim import Optims
 from dgm_models.training.runtime import Runtime
@@ -31,6 +33,7 @@ class Method:
         data: what it was built for.
         params: every parameter of the method's function, defaults filled, as JSON.
         lineage: what a saved artifact says of its training.
+        decoder: of a composite, the method whose codes this one models; `data` and `model` are the whole's.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Method:
     objective: Objective
     lineage: dict[str, Any] = field(default_factory=dict)
     history: list[tuple[int, Metrics]] = field(default_factory=list)
+    decoder: Method | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.objective))
@@ -51,8 +55,9 @@ class Method:
         shape = " x ".join(map(str, self.data.shape))
         params = ", ".join(f"{key}={value!r}" for key, value in self.params.items())
         last = f"\n  trained    step {self.history[-1][0]}: {_short(self.history[-1][1])}" if self.history else ""
+        over = f" over the codes of {self.decoder.name}" if self.decoder else ""
         return (
-            f"{self.name} on {self.data.kind} {shape}, levels {self.data.levels}\n"
+            f"{self.name}{over} on {self.data.kind} {shape}, levels {self.data.levels}\n"
             f"  params     {params}\n"
             f"  parameters {sizes}\n"
             f"  can        {', '.join(capabilities(self.model))}{last}"
@@ -144,6 +149,25 @@ def read_optims(section: Mapping[str, Any], path: str) -> Optims:
     return Optims(default, own)
 
 
+def compose(prior: Method, decoder: Method) -> Method:
+    """A prior of codes and the method that made the codes, as one method of the original data (`nn/composite.py`).
+
+    Raises: ValueError when the prior does not model the decoder's codes.
+    """
+    model = Composite(prior.model, decoder.model).eval()
+    return replace(prior, data=decoder.data, model=model, decoder=decoder)
+
+
+def fingerprint(method: Method) -> str:
+    """sha256 of what a method computes: its name, data, params and weights."""
+    told = [method.name, plain(asdict(method.data)), method.params]
+    total = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for name, tensor in sorted(method.model.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
 def save(method: Method, folder: str | Path, *, lineage: Mapping[str, Any] | None = None) -> Path:
     """Writes an artifact: `spec.json`, `weights.safetensors`, `manifest.json`, whole or not at all."""
     folder = Path(folder)
@@ -155,6 +179,14 @@ def save(method: Method, folder: str | Path, *, lineage: Mapping[str, Any] | Non
         "capabilities": list(capabilities(method.model)),
         "lineage": dict(lineage or method.lineage),
     }
+    if method.decoder:
+        decoder = method.decoder
+        spec["decoder"] = {
+            "method": decoder.name,
+            "params": decoder.params,
+            "lineage": decoder.lineage,
+            "sha256": fingerprint(decoder),
+        }
     checkpoint.write(folder, {"weights": method.model.state_dict()}, {"spec": spec})
     return folder
 
@@ -168,7 +200,16 @@ def load(folder: str | Path) -> Method:
     checkpoint.verify(folder)
     spec = json.loads((folder / "spec.json").read_text())
     data = construct(DataSpec, spec["data"], "spec.data")
-    method = build(spec["method"], data, path="spec.params", **spec["params"])
+    if "decoder" in spec:
+        told = spec["decoder"]
+        decoder = build(told["method"], data, path="spec.decoder.params", **told["params"])
+        decoder.lineage = told["lineage"]
+        if not isinstance(decoder.model, Codes):
+            raise ConfigError(f"spec.decoder.method: {told['method']} has no codes that a prior could model")
+        prior = build(spec["method"], decoder.model.code_spec, path="spec.params", **spec["params"])
+        method = compose(prior, decoder)
+    else:
+        method = build(spec["method"], data, path="spec.params", **spec["params"])
     method.lineage = spec["lineage"]
     try:
         method.model.load_state_dict(checkpoint.read_tensors(folder, "weights"))

@@ -218,6 +218,32 @@ class Latents(Protocol):
 
 
 @runtime_checkable
+class Codes(Protocol):
+    """Data as whole numbers: what a prior is trained on, and what turns the prior's samples into data."""
+
+    @property
+    def code_spec(self) -> DataSpec:
+        """What the codes of one example are, as data: kind "codes"."""
+        ...
+
+    def codes(self, x: Tensor) -> Tensor:
+        """[B, *code_spec.shape] int64: the codes of model-space x."""
+        ...
+
+    def draw_codes(self, x: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Codes drawn from a posterior q(codes|x), and its log q [B] in nats."""
+        ...
+
+    def log_likelihood(self, x: Tensor, codes: Tensor) -> Tensor:
+        """[B] nats: log p(x|codes) of model-space x."""
+        ...
+
+    def decode_codes(self, codes: Tensor, rng: torch.Generator) -> Tensor:
+        """[B, *event] in model space, drawn from p(x|codes)."""
+        ...
+
+
+@runtime_checkable
 class Features(Protocol):
     """What an extractor gives: the coordinates in which samples are compared."""
 
@@ -233,6 +259,7 @@ CAPABILITIES: dict[str, type] = {
     "energy": Energy,
     "score": Score,
     "latents": Latents,
+    "codes": Codes,
     "features": Features,
 }
 

@@ -47,14 +47,30 @@ _ANY_IMAGE = ("image:discrete", "vector:discrete", "vector:real")
 ROWS: tuple[Row, ...] = (
     Row("vae/vae", "Kingma and Welling 2014, arXiv:1312.6114", ("samples", "bound", "latents"), _ANY_IMAGE),
     Row("vae/beta_vae", "Higgins et al. 2017, ICLR", ("samples", "bound", "latents"), _ANY_IMAGE),
+    Row("vae/iwae", "Burda et al. 2016, arXiv:1509.00519", ("samples", "bound", "latents"), _ANY_IMAGE),
+    Row("vae/non_amortised", "Hoffman et al. 2013, arXiv:1206.7051", ("samples", "bound", "latents"), _ANY_IMAGE),
+    Row(
+        "vae/gaussian_mixture",
+        "Dempster, Laird, Rubin 1977; Cappe and Moulines 2009, arXiv:0712.4273",
+        ("samples", "density"),
+        ("vector:real", "codes:real"),
+    ),
+    Row("vae/ppca", "Tipping and Bishop 1999", ("samples", "density", "latents"), ("vector:real", "codes:real")),
+    Row("gan/minimax", "Goodfellow et al. 2014, arXiv:1406.2661", ("samples",), _ANY_IMAGE),
     Row("gan/non_saturating", "Goodfellow et al. 2014, arXiv:1406.2661", ("samples",), _ANY_IMAGE),
+    Row("gan/f_gan", "Nowozin et al. 2016, arXiv:1606.00709", ("samples",), _ANY_IMAGE),
+    Row("gan/wgan", "Arjovsky et al. 2017, arXiv:1701.07875", ("samples",), _ANY_IMAGE),
     Row("gan/wgan_gp", "Gulrajani et al. 2017, arXiv:1704.00028", ("samples",), _ANY_IMAGE),
+    Row("gan/hinge", "Lim and Ye 2017, arXiv:1705.02894", ("samples",), _ANY_IMAGE),
+    Row("gan/semi_supervised", "Salimans et al. 2016, arXiv:1606.03498", ("samples", "features"), _ANY_IMAGE),
     Row(
         "autoregressive/made",
         "Germain et al. 2015, arXiv:1502.03509",
         ("samples", "density"),
-        ("image:discrete", "vector:discrete"),
+        ("image:discrete", "vector:discrete", "codes:discrete"),
     ),
+    Row("vae/vq_vae", "van den Oord et al. 2017, arXiv:1711.00937", ("samples", "bound", "codes"), _ANY_IMAGE),
+    Row("vae/vq_vae_2", "Razavi et al. 2019, arXiv:1906.00446", ("samples", "bound", "codes"), ("image:discrete",)),
 )
 
 # what the pipeline trains but no leaderboard ranks

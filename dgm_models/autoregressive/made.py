@@ -16,7 +16,7 @@ from dgm_models.objective import Loss, Objective, Turn
 from dgm_models.ops.likelihoods import centred
 from dgm_models.protocols import Batch, DataSpec, Model
 
-ONE_HOT_LEVELS = 32  # up to here an input is one-hot; above, one number in [-1, 1]
+ONE_HOT_LEVELS = 32  # up to here an input is one-hot; above, one number in [-1, 1] unless levels have no order
 
 
 class Made(Model):
@@ -33,7 +33,8 @@ class Made(Model):
         super().__init__(data, Discrete(data))
         assert data.levels is not None
         self.levels = data.levels
-        inputs = data.levels if 2 < data.levels <= ONE_HOT_LEVELS else 1
+        ordered = data.kind != "codes" and data.levels > ONE_HOT_LEVELS
+        inputs = 1 if data.levels == 2 or ordered else data.levels
         outputs = 1 if data.levels == 2 else data.levels
         self.network = MaskedMlp(data.dims, inputs, outputs, width, depth, masks, random_order, direct, seed)
         self.num_masks = masks

@@ -72,7 +72,11 @@ def test_construct_reads_nested_sections() -> None:
         ({"flag": "yes"}, "runs.x.flag: 'yes' is not true or false"),
         ({"half_open": 1.0}, "runs.x.half_open: 1.0 is not a number at least 0 and below 1"),
         ({"either": 1.5}, "runs.x.either: 1.5 is not a whole number or text"),
-        ({"network": "mlp"}, "runs.x.network: expected a section with a name, found 'mlp'; allowed: conv, mlp"),
+        (
+            {"network": "mlp"},
+            "runs.x.network: expected a section with a name, found 'mlp'; "
+            "allowed: conv, dcgan, mlp, residual, stylegan2",
+        ),
         ({"network": {"name": "mpl"}}, "runs.x.network.name: 'mpl' is not known; did you mean \"mlp\"?"),
         ({"network": {"name": ["mlp"]}}, "runs.x.network.name: ['mlp'] is not known"),
         ({"network": {"name": "mlp", "depth": 0}}, "runs.x.network.depth: 0 is not a whole number at least 1"),

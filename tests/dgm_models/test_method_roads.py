@@ -33,6 +33,7 @@ def test_build_fills_every_default() -> None:
         "latent_dim": 2,
         "likelihood": "auto",
         "beta": 4.0,
+        "cond": None,
     }
     assert "beta=4.0" in repr(method) and "samples, bound, latents" in repr(method)
 
@@ -111,7 +112,7 @@ def test_load_refuses_weights_of_another_size(tmp_path: Path) -> None:
     (folder / "spec.json").write_text(json.dumps(spec))
     (folder / MANIFEST).unlink()
     seal(folder)
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ConfigError, match="the weights do not fit"):
         load(folder)
 
 

@@ -66,7 +66,7 @@ def test_blocks_are_layers_of_lists_and_sequences_of_single_layers() -> None:
     found = {name: list(blocks(build(name, IMAGE, **params).model)) for name, params in METHODS.items()}
     assert found == {
         "vae/vae": ["encoder", "decoder"],
-        "gan/wgan_gp": ["generator.0", "critic.0"],
+        "gan/wgan_gp": ["generator.body", "critic.body"],
         "autoregressive/made": ["network"],
     }
 

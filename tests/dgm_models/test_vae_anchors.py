@@ -3,77 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgm_models.method import build, encoded
-from dgm_models.nn.latent import LatentVariable
-from dgm_models.nn.networks import Mlp, Network
+from dgm_models.nn import latent
+from dgm_models.nn.latent import LatentVariable, log_ratio, reparametrised
+from dgm_models.nn.networks import Mlp
+from dgm_models.ops.divergences import kl_to_standard_normal
 from dgm_models.protocols import Batch, DataSpec
 from dgm_models.training.optim import Optim, Optims
 from dgm_models.training.source import ArraySource
 from dgm_models.training.trainer import Train, Trainer
 from dgm_models.vae.beta_vae import BetaElbo
 from dgm_models.vae.vae import Elbo
-
-DIMS, LATENT, N = 5, 2, 512
-EIGENVALUES = torch.tensor([4.0, 2.0, 0.6, 0.5, 0.4], dtype=torch.float64)
-DATA = DataSpec("vector", (DIMS,))
-
-
-class Constant(nn.Module):
-    """Linear means and learned log-variances that do not depend on the input."""
-
-    def __init__(self, in_dim: int, out_dim: int, shared: bool) -> None:
-        super().__init__()
-        self.mean = nn.Linear(in_dim, out_dim)
-        self.log_variance = nn.Parameter(torch.zeros(1 if shared else out_dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = self.mean(x)
-        return torch.cat([mean, self.log_variance.expand(mean.shape)], 1)
-
-
-@dataclass(frozen=True)
-class Linear(Network):
-    """Linear-Gaussian encoder and decoder; one noise variance for all data dimensions."""
-
-    name: ClassVar[str] = "linear"
-
-    def down(self, shape: tuple[int, ...], out_dim: int) -> nn.Module:
-        return Constant(shape[0], out_dim // 2, shared=False)
-
-    def up(self, in_dim: int, shape: tuple[int, ...]) -> nn.Module:
-        return Constant(in_dim, shape[0] // 2, shared=True)
-
-
-def rows() -> Tensor:
-    """[N, DIMS] with covariance of exactly the eigenvalues, in rotated axes, around a mean."""
-    rng = torch.Generator().manual_seed(0)
-    x = torch.randn(N, DIMS, generator=rng, dtype=torch.float64)
-    x = x - x.mean(0)
-    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / N)).T
-    rotation = torch.linalg.qr(torch.randn(DIMS, DIMS, generator=rng, dtype=torch.float64))[0]
-    return (x @ (EIGENVALUES.sqrt().diag() @ rotation.T) + torch.arange(DIMS) / 2).float()
-
-
-def marginal(model: LatentVariable, x: Tensor) -> Tensor:
-    """[B] nats, exact: log N(x; b, W W^T + sigma^2 I)."""
-    with torch.no_grad():
-        weight, bias = model.decoder.mean.weight.double(), model.decoder.mean.bias.double()
-        noise = model.decoder.log_variance.double().exp() * torch.eye(DIMS, dtype=torch.float64)
-        return torch.distributions.MultivariateNormal(bias, weight @ weight.T + noise).log_prob(x.double())
-
-
-def closed_form() -> float:
-    """The largest mean log-likelihood of pPCA. Source: Tipping and Bishop 1999, eq. 4 and 8."""
-    sigma2 = EIGENVALUES[LATENT:].mean()
-    log_det = EIGENVALUES[:LATENT].log().sum() + (DIMS - LATENT) * sigma2.log()
-    return float(-0.5 * (DIMS * math.log(2 * math.pi) + log_det + DIMS))
+from tests.support.linear import DATA, EIGENVALUES, LATENT, Linear, N, Signs, closed_form, marginal, rows
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +116,10 @@ def test_beta_elbo_with_beta_one_is_the_elbo(loose: tuple[LatentVariable, Tensor
 
 
 def test_normalised_beta_is_beta_times_latents_over_dims() -> None:
-    objective = build("vae/beta_vae", DataSpec("image", (1, 8, 8), 2), latent_dim=16, beta=4.0).objective
-    assert objective.normalised_beta == 4.0 * 16 / 64
+    method = build("vae/beta_vae", DataSpec("image", (1, 8, 8), 2), latent_dim=16, beta=4.0)
+    batch = encoded(method.model, torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+    # a sum over three examples, which the trainer divides by three
+    assert float(method.objective.loss(method.model, batch).metrics["normalised_beta"]) == 3 * 4.0 * 16 / 64
 
 
 def test_vae_terms_are_sums_over_the_event() -> None:
@@ -182,6 +130,63 @@ def test_vae_terms_are_sums_over_the_event() -> None:
         for p in model.parameters():
             p.zero_()
     x = torch.randint(2, (4, 1, 2, 3))
-    reconstruction, kl = model.terms(x, torch.randn(4, 2))
+    reconstruction, kl = model.terms(x, model.posterior(x), torch.randn(4, 2))
     assert reconstruction.tolist() == pytest.approx([-6 * math.log(2)] * 4, rel=1e-6)  # six fair coins
     assert kl.tolist() == [0.0] * 4
+
+
+# ---- the KL in closed form and by draws
+
+
+def test_kl_in_closed_form_is_the_mean_of_its_estimate() -> None:
+    """Exactly so: over all vectors of signs, whose first three moments are a normal's."""
+    q = torch.randn(6, LATENT, dtype=torch.float64), torch.randn(6, LATENT, dtype=torch.float64)
+    eps = Signs.of(torch.zeros(6, 1, dtype=torch.float64)).normal("", (1, LATENT)).reshape(6, 2**LATENT, LATENT)
+    estimate = -log_ratio(reparametrised(q, eps), q).mean(1)
+    assert torch.allclose(estimate, kl_to_standard_normal(*q), rtol=1e-12)  # float64
+
+
+# ---- the estimate that needs no encoder
+
+
+def test_prior_estimate_reaches_log_p_with_many_draws(loose: tuple[LatentVariable, Tensor]) -> None:
+    model, x = loose
+    with torch.no_grad():
+        found = model.prior_estimate(x[:16], torch.Generator().manual_seed(0), 20_000).double()
+    # the weights' spread is about exp(2); without - log k it would be 10 nats above
+    assert float((found - marginal(model, x[:16])).abs().mean()) < 0.05
+
+
+def test_prior_estimate_is_unbiased_in_probability(loose: tuple[LatentVariable, Tensor]) -> None:
+    model, x = loose
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        found = torch.stack([model.prior_estimate(x[:16], rng, 500).double() for _ in range(100)])
+    ratio = (found - marginal(model, x[:16])).exp()  # [100, 16], each of mean 1
+    error = ratio.std(0) / math.sqrt(100)
+    assert float(((ratio.mean(0) - 1).abs() / error).max()) < 5  # five standard errors, 16 times
+
+
+def test_prior_estimate_lies_below_the_bound_of_an_encoder_with_the_same_draws(trained: LatentVariable) -> None:
+    x, k, repeats = rows()[:64], 10, 40
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        naive = torch.stack([trained.prior_estimate(x, rng, k).double().mean() for _ in range(repeats)])
+    tight = bound(trained, k, repeats, x)
+    error = math.hypot(float(naive.std()), float(tight.std())) / math.sqrt(repeats)
+    assert float(tight.mean() - naive.mean()) > 10 * error  # what the encoder is for
+    assert float(naive.mean()) < float(marginal(trained, x).mean())
+
+
+@pytest.mark.parametrize("estimate", ["elbo", "prior_estimate"])
+def test_draws_in_portions_are_the_draws_in_one_pass(
+    estimate: str, loose: tuple[LatentVariable, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = loose
+    x = x[:16]  # torch's normal draws go in portions of 16 numbers
+    found = []
+    for most in (2**24, 16 * 2 * 5 * 3):  # all at once; three draws a pass
+        monkeypatch.setattr(latent, "PASS", most)
+        with torch.no_grad():
+            found.append(getattr(model, estimate)(x, torch.Generator().manual_seed(0), k=10))
+    assert torch.allclose(*found, atol=1e-4)  # float32 sums in another order, of numbers near 10

@@ -42,9 +42,20 @@ SMALL: dict[str, Any] = {
     "width": 16,
     "latent_dim": 3,
     "feature_dim": 4,
+    "watch": {"gap_steps": 1, "curvature_steps": 1},
+    "importance": 3,
+    "inner_steps": 2,
+    "inner_lr": 0.9,
+    "components": 3,
     "masks": 2,
     "random_order": True,
     "direct": True,
+    "blocks": 1,
+    "halvings": 1,
+    "bottom_halvings": 0,
+    "vector_codes": 2,
+    "codebook_size": 5,
+    "code_dim": 2,
 }
 
 

@@ -142,7 +142,7 @@ def trio(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def left(folder: Path, name: str) -> list[dict]:
-    return [torch.load(path, weights_only=True) for path in sorted(folder.glob(f"{name}-*"))]
+    return [torch.load(path, weights_only=True) for path in sorted(folder.glob(f"{name}-[0-9]"))]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
