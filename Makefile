@@ -43,6 +43,7 @@ bench: env
 	python benchmarks/streaming.py
 	python benchmarks/plan_memory.py
 	python benchmarks/plan_scaling.py
+	python benchmarks/disentanglement.py
 
 # every fault; needs Linux and root (or `unshare --user --map-root-user --mount`) for those that need hosts
 drills: env

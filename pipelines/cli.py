@@ -53,7 +53,8 @@ def _key(kind: str, key: str, known: Any) -> None:
 def check(as_json: Json = False) -> None:
     """Check params.yaml: unknown keys, wrong types and impossible values are named with their path."""
     params = _params()
-    counts = {name: len(getattr(params, name)) for name in ("datasets", "extractors", "runs", "searches", "tuned")}
+    sections = ("datasets", "extractors", "runs", "codes", "searches", "tuned")
+    counts = {name: len(getattr(params, name)) for name in sections}
     _say({"ok": True, **counts}, as_json, "params.yaml: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
 
 
@@ -337,6 +338,18 @@ def prepare(dataset: Annotated[str, typer.Argument(help="A key of `datasets`.")]
     _key("datasets", dataset, params.datasets)
     manifest = run(params.datasets[dataset], paths.data(dataset), params.cluster)
     typer.echo(f"{dataset}: {dict(manifest.rows)} rows of {manifest.kind} {list(manifest.shape)}")
+
+
+@app.command(rich_help_panel=STAGES)
+def encode(codes: Annotated[str, typer.Argument(help="A key of `codes`.")]) -> None:
+    """A run with codes and its dataset -> data/<codes>/: every row as codes, and the decoder beside them."""
+    from pipelines import paths
+    from pipelines.stages.encode import encode_stage
+
+    params = _params()
+    _key("codes", codes, params.codes)
+    manifest = encode_stage(codes, paths.data(codes), params)
+    typer.echo(f"{codes}: {dict(manifest.rows)} rows of {list(manifest.shape)} codes out of {manifest.levels}")
 
 
 @app.command(rich_help_panel=STAGES)

@@ -14,6 +14,8 @@ Schema of a row, in `dgm leaderboard --json` and in report/leaderboard.json:
         unit: str, kind: "exact" | "bound" | "estimate", split: str, seed: int
         extractor: str | null, extractor_sha256: str | null     whose features were compared
         flag: bool              of "copies" alone: the test says that training rows are returned
+        of: int                 of "modes" alone: how many there are
+        factors: [[str, float]] of "mig/*" and "dci/informativeness": each factor's own gap, or R^2
     }}
 
 Order: by dataset, then FID, lowest first; rows without FID follow by bits per dimension; the rest by name.

@@ -129,14 +129,14 @@ class Metric:
         better: which direction is.
         attempt: of the evaluation (`stages.evaluate.Rows.attempt`) that measures it.
         model: capabilities, of which the model needs one.
-        data: what the dataset needs: a trained extractor ("classifier"; "extractor" allows raw coordinates), a finite
-            number of levels, known factors.
+        data: what the dataset needs, all of it: a trained extractor ("classifier"; "extractor" allows raw coordinates),
+            "labels", a finite number of "levels", known "factors".
     """
 
     better: Literal["lower", "higher"]
     attempt: str
     model: tuple[str, ...] = ("samples",)
-    data: Literal["", "extractor", "classifier", "levels", "factors"] = "extractor"
+    data: tuple[Literal["extractor", "classifier", "labels", "levels", "factors"], ...] = ("extractor",)
 
     @property
     def worst(self) -> float:
@@ -147,15 +147,23 @@ _LIKELIHOOD = ("density", "bound")
 METRICS: dict[str, Metric] = {
     "fid": Metric("lower", "fid"),
     "kid": Metric("lower", "kid"),
-    "inception_score": Metric("higher", "inception_score", data="classifier"),
+    "inception_score": Metric("higher", "inception_score", data=("classifier",)),
     "precision": Metric("higher", "precision"),
     "recall": Metric("higher", "precision"),
     "density": Metric("higher", "density"),
     "coverage": Metric("higher", "density"),
+    "c2st": Metric("lower", "c2st"),
+    "modes": Metric("higher", "modes", data=("extractor", "labels")),
+    "high_quality": Metric("higher", "modes", data=("extractor", "labels")),
     "copies": Metric("lower", "copies"),
-    "nll": Metric("lower", "nll", _LIKELIHOOD, ""),
-    "bits_per_dim": Metric("lower", "nll", _LIKELIHOOD, "levels"),
-    "elbo": Metric("higher", "nll", ("bound",), ""),
+    "nll": Metric("lower", "nll", _LIKELIHOOD, ()),
+    "bits_per_dim": Metric("lower", "nll", _LIKELIHOOD, ("levels",)),
+    "elbo": Metric("higher", "nll", ("bound",), ()),
+    "mig/histogram": Metric("higher", "mig/histogram", ("latents",), ("factors",)),
+    "mig/sampled": Metric("higher", "mig/sampled", ("bound",), ("factors",)),
+    "dci/disentanglement": Metric("higher", "dci", ("latents",), ("factors",)),
+    "dci/completeness": Metric("higher", "dci", ("latents",), ("factors",)),
+    "dci/informativeness": Metric("higher", "dci", ("latents",), ("factors",)),
 }
 
 
@@ -205,6 +213,15 @@ class Search:
         """Every metric that is measured, those of the objective first."""
         return (*self.objective, *self.also)
 
+    @property
+    def formula(self) -> str:
+        """The objective in words, such as "fid + 2 bits_per_dim - 0.5 recall"."""
+        text = ""
+        for name, weight in self.objective.items():
+            sign = "+" if METRICS[name].better == "lower" else "-"
+            text += f" {sign} {'' if weight == 1 else f'{weight:g} '}{name}"
+        return text.strip().removeprefix("+ ")
+
     def score(self, values: Mapping[str, float]) -> float:
         """The objective of measured metrics, lower is better; infinite where one is missing or not finite."""
         total = 0.0
@@ -214,6 +231,19 @@ class Search:
                 return math.inf
             total += weight * (value if METRICS[name].better == "lower" else -value)
         return total
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A dataset that a trained run makes of its own: every row as that run's codes.
+
+    Args:
+        run: whose method has codes.
+        dataset: the run's, which dvc.yaml needs to name the stage's dependencies.
+    """
+
+    run: str
+    dataset: str
 
 
 @dataclass(frozen=True)
@@ -298,6 +328,7 @@ class Params:
     promotion: Gate
     cluster: Cluster
     tracking: Tracking
+    codes: dict[str, Coded] = field(default_factory=dict)
 
     def run(self, key: str) -> Run:
         """A run of `runs`. Raises ConfigError with the nearest name."""
@@ -311,8 +342,12 @@ class Params:
         return (*self.runs, *self.tuned)
 
     def dataset_of(self, key: str) -> str:
-        """The dataset of a run, tuned or not."""
-        return self.run(self.searches[self.tuned[key]].run if key in self.tuned else key).dataset
+        """The dataset that a run models, tuned or not: of a run on codes, what the codes are of."""
+        return self.modelled(self.run(self.searches[self.tuned[key]].run if key in self.tuned else key).dataset)
+
+    def modelled(self, dataset: str) -> str:
+        """The dataset itself, or the one whose codes it holds."""
+        return self.codes[dataset].dataset if dataset in self.codes else dataset
 
 
 def read_yaml(path: Path) -> Section:
@@ -344,6 +379,8 @@ def load(files: Iterable[Path] | None = None) -> Params:
                 key = f"{prefix}{name}" if top == "runs" else name
                 if key in into:
                     raise ConfigError(f"{path.parent.name}/{path.name}: {top}.{key} is given in two files")
+                if prefix and top == "codes" and isinstance(value, Mapping) and "run" in value:
+                    value = {**value, "run": f"{prefix}{value['run']}"}
                 into[key] = value
     return parse(merged)
 
@@ -353,7 +390,9 @@ def parse(sections: Section) -> Params:
     from pipelines.data.prepare import Section as DatasetSection
     from pipelines.promotion import Gate
 
-    known = ("datasets", "extractors", "runs", "searches", "tuned", "evaluation", "promotion", "cluster", "tracking")
+    known = (
+        "datasets", "extractors", "runs", "codes", "searches", "tuned", "evaluation", "promotion", "cluster", "tracking"
+    )  # fmt: skip
     for top in sections:
         if top not in known:
             raise ConfigError(f"{top}: unknown section{did_you_mean(top, known)}")
@@ -367,7 +406,13 @@ def parse(sections: Section) -> Params:
         method = {"name": "extractor/classifier", **dict(section.get("method", {}))}
         whole = {**section, "dataset": key, "method": method}
         extractors[key] = parse_run(f"extractor-{key}", whole, f"extractors.{key}", datasets)
-    runs = {key: parse_run(key, section, f"runs.{key}", datasets) for key, section in part("runs").items()}
+    codes = {key: construct(Coded, section, f"codes.{key}") for key, section in part("codes").items()}
+    for key in codes.keys() & datasets.keys():
+        raise ConfigError(f"codes.{key}: datasets.{key} has the same name; the codes need one of their own")
+    sources = [*datasets, *codes]
+    runs = {key: parse_run(key, section, f"runs.{key}", sources) for key, section in part("runs").items()}
+    for key, coded in codes.items():
+        _check_codes(key, coded, runs)
     searches = {}
     for key, section in part("searches").items():
         searches[key] = _search(construct(Search, section, f"searches.{key}"), f"searches.{key}", runs, datasets)
@@ -385,8 +430,27 @@ def parse(sections: Section) -> Params:
     return Params(
         datasets, extractors, runs, searches, tuned,
         construct(Evaluation, part("evaluation"), "evaluation"), construct(Gate, part("promotion"), "promotion"),
-        construct(Cluster, part("cluster"), "cluster"), construct(Tracking, part("tracking"), "tracking"),
+        construct(Cluster, part("cluster"), "cluster"), construct(Tracking, part("tracking"), "tracking"), codes,
     )  # fmt: skip
+
+
+def _check_codes(key: str, coded: Coded, runs: Mapping[str, Run]) -> None:
+    """Raises ConfigError when no run can make these codes, or a run on them cannot model any."""
+    from dgm_models import registry
+
+    path = f"codes.{key}"
+    if coded.run not in runs:
+        raise ConfigError(f"{path}.run: no run {coded.run!r}{did_you_mean(coded.run, runs)}")
+    source = runs[coded.run]
+    if "codes" not in registry.row(source.method).capabilities:
+        able = ", ".join(row.name for row in registry.ROWS if "codes" in row.capabilities)
+        raise ConfigError(f"{path}.run: {coded.run} is a {source.method}, which has no codes; {able} have")
+    if source.dataset != coded.dataset:
+        raise ConfigError(f"{path}.dataset: {coded.dataset!r}; runs.{coded.run} is on {source.dataset!r}")
+    for run in runs.values():
+        if run.dataset == key and "codes:discrete" not in registry.row(run.method).data:
+            able = ", ".join(row.name for row in registry.ROWS if "codes:discrete" in row.data)
+            raise ConfigError(f"runs.{run.key}.method.name: {run.method} does not model codes; {able} does")
 
 
 @dataclass(frozen=True)
@@ -466,6 +530,8 @@ def _search(search: Search, path: str, runs: Mapping[str, Run], datasets: Iterab
     if not search.space:
         raise ConfigError(f"{path}.space: empty; name at least one parameter of runs.{search.run}")
     base = runs[search.run]
+    if base.dataset not in datasets:
+        raise ConfigError(f"{path}.run: {search.run} models codes, and trials are compared as data; search another run")
     for dotted, space in search.space.items():
         for value in space.ends():  # both ends must be parameters that the run could have been written with
             changed = override(base.section, {dotted: value}, f"{path}.space")

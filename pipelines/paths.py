@@ -50,6 +50,11 @@ def data(dataset: str) -> Path:
     return root() / "data" / dataset
 
 
+def decoder(codes: str) -> Path:
+    """What made a dataset of codes, and turns codes into data: an artifact."""
+    return data(codes) / "decoder"
+
+
 def extractor(dataset: str) -> Path:
     return root() / "extractors" / dataset
 

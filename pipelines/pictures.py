@@ -18,26 +18,38 @@ def grid(x: Tensor, data: DataSpec) -> bytes:
 
     Raises: ValueError for data that has no picture.
     """
-    if data.kind == "image":
-        return _images(x, data)
+    if tile(data) is not None:
+        return table(x, data, math.ceil(math.sqrt(len(x))))
     if data.kind == "vector" and data.dims == 2:
         return _points(x)
-    if data.levels is not None and math.isqrt(data.dims) ** 2 == data.dims:
-        side = math.isqrt(data.dims)
-        return _images(x.reshape(len(x), 1, side, side), data)
     raise ValueError(f"samples of kind {data.kind} and shape {data.shape} have no picture")
 
 
-def _images(x: Tensor, data: DataSpec) -> bytes:
+def tile(data: DataSpec) -> tuple[int, int, int] | None:
+    """(channels, height, width) of one example as a picture; None for data that is none."""
+    if data.kind == "image":
+        channels, height, width = data.shape
+        return channels, height, width
+    side = math.isqrt(data.dims)
+    return (1, side, side) if data.levels is not None and side**2 == data.dims else None
+
+
+def table(x: Tensor, data: DataSpec, columns: int) -> bytes:
+    """A PNG of stored examples [N, *event], row by row.
+
+    Raises: ValueError for data whose examples are no pictures.
+    """
     from PIL import Image
 
+    shape = tile(data)
+    if shape is None:
+        raise ValueError(f"an example of kind {data.kind} and shape {data.shape} is no picture")
     highest = (data.levels or 256) - 1
-    pixels = (x.double().numpy() * (255.0 / highest)).round().clip(0, 255).astype(np.uint8)
-    channels, height, width = pixels.shape[1:]
-    side = math.ceil(math.sqrt(len(pixels)))
-    canvas = np.full((side * (height + 1) + 1, side * (width + 1) + 1, 3), 128, np.uint8)
+    pixels = (x.reshape(len(x), *shape).double().numpy() * (255.0 / highest)).round().clip(0, 255).astype(np.uint8)
+    channels, height, width = shape
+    canvas = np.full((math.ceil(len(pixels) / columns) * (height + 1) + 1, columns * (width + 1) + 1, 3), 128, np.uint8)
     for i, picture in enumerate(pixels):
-        top, left = (i // side) * (height + 1) + 1, (i % side) * (width + 1) + 1
+        top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
         canvas[top : top + height, left : left + width] = (
             picture.transpose(1, 2, 0) if channels == 3 else picture[:1].transpose(1, 2, 0)
         )

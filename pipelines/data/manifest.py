@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dgm_models.protocols import DataSpec, Kind
-from pipelines.data.raw import SPLITS, Source
+from pipelines.data.raw import SPLITS, Factor, Source
 from pipelines.storage import place
 
 SCHEMA = 1
@@ -49,6 +49,8 @@ class Manifest:
         parts: every file, in the order of its rows.
         split, split_seed: the fractions and the seed that made the splits.
         entropy_nats: of one example's density, where it is known.
+        factors: what a row was made from; its `id` is its number in their grid, the last running fastest. Without
+            factors the file has no such key.
     """
 
     schema: int
@@ -68,6 +70,7 @@ class Manifest:
     licence: str
     source: Source
     entropy_nats: float | None
+    factors: tuple[Factor, ...] = ()
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
@@ -89,16 +92,21 @@ class Manifest:
     @property
     def digest(self) -> str:
         """sha256 of the canonical manifest: with the parts' sums in it, it stands for every byte of the dataset."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(self._document(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+        return json.dumps(self._document(), indent=1, allow_nan=False) + "\n"
+
+    def _document(self) -> dict[str, Any]:
+        document = asdict(self)
+        return document if self.factors else {key: value for key, value in document.items() if key != "factors"}
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Raises: ValueError for a missing or unknown key, another schema, or values that contradict each other."""
-        entries = _entries(cls, json.loads(text))
+        found = json.loads(text)
+        entries = _entries(cls, {"factors": [], **found} if isinstance(found, dict) else found)
         return cls(
             **entries
             | {
@@ -107,6 +115,7 @@ class Manifest:
                 "split": tuple(entries["split"]),
                 "parts": tuple(Part(**_entries(Part, part)) for part in entries["parts"]),
                 "source": Source(**_entries(Source, entries["source"])),
+                "factors": tuple(Factor(**_entries(Factor, factor)) for factor in entries["factors"]),
             }
         )
 

@@ -107,10 +107,12 @@ def write(name: str, raw: Raw, settings: Settings, out: Path | str) -> Manifest:
     """Checks and writes rows that are already in memory: what `prepare` does after reading."""
     raw = checked(name, raw)
     shards = plan(split_rows(name, len(raw.x), raw.splits, settings.split, settings.seed), settings)
+    ids = np.arange(len(raw.x)) if raw.ids is None else raw.ids
     with output(out) as put:
         made = []
-        for path, ids in shards.items():
-            shard, content = make_shard(path, ids, raw.x[ids], None if raw.labels is None else raw.labels[ids])
+        for path, rows in shards.items():
+            labels = None if raw.labels is None else raw.labels[rows]
+            shard, content = make_shard(path, ids[rows], raw.x[rows], labels)
             put(path, content)
             made.append(shard)
         manifest = manifest_of(name, raw, raw.x.shape[1:], settings, made)
@@ -181,6 +183,7 @@ def manifest_of(name: str, raw: Raw, shape: tuple[int, ...], settings: Settings,
         licence=raw.licence,
         source=raw.source,
         entropy_nats=raw.entropy_nats,
+        factors=raw.factors,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
@@ -30,6 +31,18 @@ class Source:
     files: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Factor:
+    """What a row was made from, with values 0..size-1."""
+
+    name: str
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"factor {self.name!r} of {self.size} values; expected at least 1")
+
+
 @dataclass(frozen=True, eq=False)
 class Raw:
     """A whole dataset in memory.
@@ -42,6 +55,8 @@ class Raw:
         splits: rows [start, stop) that the source itself gives to a split. Without "valid" it is cut from "train";
             None when the source fixes nothing.
         entropy_nats: of one example's density, where it is known.
+        ids: [N] different integers, the rows' numbers in the source; None for 0..N-1.
+        factors: what a row was made from: `ids` are then numbers in the factors' grid, the last running fastest.
     """
 
     x: Array
@@ -54,6 +69,8 @@ class Raw:
     class_names: tuple[str, ...] = ()
     splits: Mapping[str, tuple[int, int]] | None = None
     entropy_nats: float | None = None
+    ids: Array | None = None
+    factors: tuple[Factor, ...] = ()
 
 
 class Dataset(Protocol):
@@ -156,7 +173,7 @@ def checked_rows(name: str, raw: Raw, first: int = 0) -> Raw:
     """As `checked`, for rows of which the first has the number `first`; they may be constant."""
     _check_shape(name, raw)
     x = _reals(name, raw.x, first) if raw.levels is None else _integers(name, raw.x, raw.levels, first)
-    return replace(raw, x=x, labels=_labels(name, raw))
+    return replace(raw, x=x, labels=_labels(name, raw), ids=_ids(name, raw))
 
 
 def _check_shape(name: str, raw: Raw) -> None:
@@ -209,3 +226,15 @@ def _labels(name: str, raw: Raw) -> Array | None:
     if low < 0 or high >= raw.classes:
         raise ValueError(f"{name}: labels {low}..{high}; expected 0..{raw.classes - 1}")
     return raw.labels.astype(np.int32)
+
+
+def _ids(name: str, raw: Raw) -> Array | None:
+    if raw.ids is None:
+        return None
+    if raw.ids.shape != (len(raw.x),) or raw.ids.dtype.kind not in "iu" or len(np.unique(raw.ids)) < len(raw.ids):
+        raise ValueError(f"{name}: ids of shape {raw.ids.shape} and dtype {raw.ids.dtype}; expected as many different "
+                         f"integers as rows, {len(raw.x)}")  # fmt: skip
+    end = math.prod(factor.size for factor in raw.factors) if raw.factors else 2**63
+    if raw.ids.min() < 0 or raw.ids.max() >= end:
+        raise ValueError(f"{name}: ids {raw.ids.min()}..{raw.ids.max()}; expected 0..{end - 1}")
+    return raw.ids.astype(np.int64)

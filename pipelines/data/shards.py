@@ -1,7 +1,7 @@
 """Parquet shards: rows to files and files to tensors, every file held to the sha256 in the manifest.
 
-Columns: `id` int64, the row's number in the whole dataset; `x` fixed-size binary, the raw little-endian values;
-`label` int32, absent when the dataset has no labels.
+Columns: `id` int64, the row's number in the whole dataset, or in the grid of its factors where it has factors; `x`
+fixed-size binary, the raw little-endian values; `label` int32, absent when the dataset has no labels.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from pipelines.data.manifest import Manifest, Part, read_manifest, way_out
-from pipelines.data.raw import SPLITS, Array
+from pipelines.data.raw import SPLITS, Array, Factor
 from pipelines.storage import place
 
-__all__ = ["Manifest", "Part", "Rows", "load", "read_manifest", "write_part"]
+__all__ = ["Manifest", "Part", "Rows", "factors_of", "load", "read_manifest", "write_part"]
 
 _TORCH = {"uint8": torch.uint8, "int32": torch.int32, "float32": torch.float32}
 
@@ -106,6 +106,22 @@ def load(data: Path | str, split: str) -> Rows:
             _decode(data, part, verified(data, part), rows[start : start + part.rows])
             start += part.rows
     return rows
+
+
+def factors_of(data: Path | str, split: str) -> Tensor:
+    """What the rows of a split were made from: [N, F] int64 in the order of `load` and of the manifest's factors.
+
+    Raises: ValueError when the dataset has no factors; else as `load`.
+    """
+    factors = read_manifest(data).factors
+    if not factors:
+        raise ValueError(f"{data}: its manifest names no factors; `shapes` is a dataset that has them")
+    return factors_at(load(data, split).id, factors)
+
+
+def factors_at(ids: Tensor, factors: tuple[Factor, ...]) -> Tensor:
+    """Numbers [N] in the factors' grid, the last running fastest -> [N, F] int64, each 0..size-1."""
+    return torch.stack(torch.unravel_index(ids, [factor.size for factor in factors]), 1)
 
 
 def read_part(data: Path | str, manifest: Manifest, part: Part) -> Rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -13,18 +15,26 @@ from torch import Tensor
 
 from dgm_models import noise
 from dgm_models.likelihood import log_prob
-from dgm_models.metrics import coverage, frechet, inception, kernel, likelihood
+from dgm_models.metrics import coverage, disentanglement, frechet, inception, kernel, likelihood, modes, two_sample
 from dgm_models.metrics.estimate import Estimate
-from dgm_models.protocols import Bound, Density, Features
+from dgm_models.nn.latent import LatentVariable
+from dgm_models.protocols import Bound, Density, Features, Latents
 from dgm_models.sampling import conditions
-from pipelines import files, paths
+from pipelines import files, paths, pictures
 from pipelines.params import Evaluation, Params
 
 if TYPE_CHECKING:
     from dgm_models.method import Method
+    from pipelines.data import shards as stored
 
 RAW_DIMS = 64  # up to here data without an extractor are compared in their own coordinates
 CHUNK = 256
+CODED = 10_000  # rows whose codes are compared with their factors
+DRAWN = 2_000  # the first of them, for mig/sampled: its time grows with their square
+LOOKED = 500  # rows whose codes order the traversals
+SHOWN = 12  # traversals, at most
+PAIRS = 6  # of examples, in the picture of interpolations
+STEPS = tuple(step / 2 for step in range(-4, 5))  # of a traversal, in standard deviations of its code
 
 
 @dataclass(frozen=True)
@@ -59,9 +69,7 @@ def compared(dataset: str, settings: Evaluation, split: str = "test", data: Path
     return min(shards.read_manifest(data or paths.data(dataset)).rows[split], settings.max_samples)
 
 
-def drawn(
-    method: Method, dataset: str, settings: Evaluation, split: str = "test", data: Path | None = None
-) -> Tensor:
+def drawn(method: Method, dataset: str, settings: Evaluation, split: str = "test", data: Path | None = None) -> Tensor:
     """The samples [N, *event] that are compared with a split, by the evaluation's seed.
 
     A model with a condition is asked for what the split's rows are, one by one.
@@ -116,8 +124,13 @@ class Rows:
             self.refused.append({"metric": metric, "reason": str(error)})
 
 
-def compare(rows: Rows, extractor: Extractor, real: Tensor, fake: Tensor, train: Tensor) -> dict[str, Tensor]:
-    """Sample metrics of stored fakes against stored reals, into `rows`. Returns both sets of features."""
+def compare(
+    rows: Rows, extractor: Extractor, real: Tensor, fake: Tensor, train: Tensor, labels: Tensor | None
+) -> dict[str, Tensor]:
+    """Sample metrics of stored fakes against stored reals, into `rows`; modes where the reals have labels.
+
+    Returns: both sets of features.
+    """
     name = extractor.name
     real_features, _ = extractor(real)
     fake_features, probabilities = extractor(fake)
@@ -143,13 +156,26 @@ def compare(rows: Rows, extractor: Extractor, real: Tensor, fake: Tensor, train:
         rows.add(f"density/{name}", found.density, "ratio", "estimate", True)
         rows.add(f"coverage/{name}", found.coverage, "share", "estimate", True)
 
+    def told_apart() -> None:
+        found = two_sample.classifier_two_sample(real_features, fake_features)
+        rows.add(f"c2st/{name}", found, "accuracy", "estimate", True)
+
+    def covered() -> None:
+        if labels is None:
+            return
+        found = modes.modes(real_features, labels, fake_features)
+        rows.add(f"modes/{name}", found.covered, "modes", "estimate", True)
+        rows.rows[-1]["of"] = len(found.shares)
+        rows.add(f"high_quality/{name}", found.quality, "share", "estimate", True)
+
     def copying() -> None:
         found = coverage.copies(train.flatten(1).double(), real.flatten(1).double(), fake.flatten(1).double())
         rows.add("copies", found.share, "share", "estimate", False)
         rows.rows[-1]["flag"] = found.copied
 
     for metric, measure in {
-        "fid": fid, "kid": kid, "inception_score": score, "precision": precision, "density": density, "copies": copying
+        "fid": fid, "kid": kid, "inception_score": score, "precision": precision, "density": density,
+        "c2st": told_apart, "modes": covered, "copies": copying,
     }.items():  # fmt: skip
         rows.attempt(metric, measure)
     return {"real": real_features.float(), "fake": fake_features.float()}
@@ -173,6 +199,135 @@ def likelihoods(rows: Rows, method: Method, x: Tensor, labels: Tensor | None, se
     if method.data.levels is not None:
         bits = likelihood.mean_estimate(likelihood.bits_per_dim(-nats, dims))
         rows.add(f"bits_per_dim{given}", bits, "bits/dim", kind, False)
+
+
+def accuracy(rows: Rows, method: Method, x: Tensor, labels: Tensor) -> None:
+    """The share of stored x [N, *event] whose label is the most probable one to a model that classifies."""
+    _, probabilities = Extractor("", "", method)(x)
+    assert probabilities is not None
+    right = (probabilities.argmax(1) == labels).double()
+    rows.add("accuracy", likelihood.mean_estimate(right), "share", "estimate", False)
+
+
+@torch.no_grad()
+def posteriors(method: Method, x: Tensor, labels: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Codes [N, D] of stored x and their posteriors' log-variances, None for a model without diagonal posteriors.
+
+    Raises: ValueError when the codes are no vectors.
+    """
+    model, cond, found = method.model, conditions(method, x, labels, seed), []
+    assert isinstance(model, Latents)
+    keys = noise.fold(torch.arange(len(x)), "latents", seed)
+    for start in range(0, len(x), CHUNK):
+        part = slice(start, start + CHUNK)
+        y, _ = model.codec.encode(x[part], keys[part])
+        if isinstance(model, LatentVariable):
+            found.append(model.posterior(y, None if cond is None else cond[part]))
+        else:
+            found.append((model.encode(y), None))
+    codes = torch.cat([mean for mean, _ in found]).detach()
+    if codes.ndim != 2:
+        raise ValueError(f"{method.name} has codes of shape {tuple(codes.shape[1:])}; expected vectors")
+    variances = [log_variance.detach() for _, log_variance in found if log_variance is not None]
+    return codes, torch.cat(variances) if variances else None
+
+
+def disentangled(rows: Rows, method: Method, there: stored.Rows, manifest: stored.Manifest) -> None:
+    """How far single codes tell single factors of the first `CODED` rows, into `rows`.
+
+    A row's own key "factors" tells each factor's gap, or R^2, in their order. Factors of one value are left out.
+    """
+    from pipelines.data import shards
+
+    there = there[:CODED]
+    known = shards.factors_at(there.id, manifest.factors)
+    varied = [number for number, factor in enumerate(manifest.factors) if factor.size > 1]
+    known, names = known[:, varied], [manifest.factors[number].name for number in varied]
+    coded = functools.cache(lambda: posteriors(method, there.x, there.cond, rows.seed))
+
+    def add(metric: str, estimate: Estimate, unit: str, each: list[float] | None = None) -> None:
+        rows.add(metric, estimate, unit, "estimate", False)
+        if each is not None:
+            rows.rows[-1]["factors"] = list(map(list, zip(names, each, strict=True)))
+
+    def histogram() -> None:
+        found = disentanglement.mig_histogram(coded()[0], known)
+        add("mig/histogram", found.score, "share", [gap.value for gap in found.factors])
+
+    def sampled() -> None:
+        means, log_variances = (part if part is None else part[:DRAWN] for part in coded())
+        if means is None or log_variances is None:
+            raise ValueError(f"{method.name} has no posterior to draw from")
+        eps = noise.normal(noise.fold(torch.arange(len(means)), "mig", rows.seed), "posterior", means.shape[1:])
+        found = disentanglement.mig_sampled(means, log_variances, known[:DRAWN], eps)
+        add("mig/sampled", found.score, "share", [gap.value for gap in found.factors])
+
+    def dci() -> None:
+        found = disentanglement.dci(coded()[0], known)
+        add("dci/disentanglement", found.disentanglement, "share")
+        add("dci/completeness", found.completeness, "share")
+        add("dci/informativeness", found.informativeness, "R^2", found.told.tolist())
+
+    for metric, measure in {"mig/histogram": histogram, "mig/sampled": sampled, "dci": dci}.items():
+        rows.attempt(metric, measure)
+
+
+@torch.no_grad()
+def latents(method: Method, x: Tensor, labels: Tensor | None, seed: int) -> dict[str, bytes]:
+    """What a model's codes do, as files: latents.json; traversal.png and interpolation.png where examples are pictures.
+
+    The codes are ordered by their KL to the prior, the mean over the first rows, or by their variance where a model has
+    no diagonal posterior. A traversal decodes the first example with one code moved through `STEPS`, in standard
+    deviations of that code around its mean over the rows. An interpolation goes in a straight line from the code of
+    one example to that of another; the outer columns are the two examples. A model with a condition is given that of
+    the first example, or of the left one.
+
+    Args:
+        x, labels: stored rows, at least 2.
+        seed: of what is drawn.
+    """
+    x, labels = x[:LOOKED], None if labels is None else labels[:LOOKED]
+    codes, log_variances = posteriors(method, x, labels, seed)
+    own = torch.zeros_like(codes) if log_variances is None else log_variances.exp()
+    kl = None if log_variances is None else (0.5 * (codes**2 + own - log_variances - 1)).mean(0)
+    spread = codes.var(0, correction=0)  # of the means: a code is active where it is above 0.01
+    order = (spread if kl is None else kl).argsort(descending=True, stable=True)
+    shown = order[:SHOWN]
+    told = [
+        {"code": code, "kl": None if kl is None else float(kl[code]), "variance": float(spread[code])}
+        for code in order.tolist()
+    ]
+    given = method.model.condition.name if method.model.condition else None
+    document = {"rows": len(x), "codes": told, "shown": len(shown), "steps": STEPS, "given": given}
+    found = {"latents.json": (json.dumps(document, indent=1) + "\n").encode()}
+    if pictures.tile(method.data) is None:
+        return found
+    deviation, steps = (spread + own.mean(0)).sqrt(), torch.tensor(STEPS)
+    moved = codes[0].repeat(len(shown), len(STEPS), 1)  # [R, steps, D]
+    for row, code in zip(moved, shown.tolist(), strict=True):
+        row[:, code] = codes[:, code].mean() + steps * deviation[code]
+    pairs = min(PAIRS, len(x) // 2)
+    first, second = codes[:pairs, None], codes[pairs : 2 * pairs, None]
+    between = first + (second - first) * torch.linspace(0, 1, len(STEPS))[:, None]  # [pairs, steps, D]
+    cond = conditions(method, x, labels, seed)
+    decode = functools.partial(_decoded, method)
+    traversal = decode(moved, None if cond is None else cond[:1].expand(len(moved), *cond.shape[1:]))
+    line = decode(between, None if cond is None else cond[:pairs])
+    line = torch.cat([x[:pairs, None], line, x[pairs : 2 * pairs, None]], 1)
+    found["traversal.png"] = pictures.table(traversal.flatten(0, 1), method.data, traversal.shape[1])
+    found["interpolation.png"] = pictures.table(line.flatten(0, 1), method.data, line.shape[1])
+    return found
+
+
+def _decoded(method: Method, z: Tensor, cond: Tensor | None) -> Tensor:
+    """Codes [R, C, D] and a condition for each of the R rows -> stored examples [R, C, *event]."""
+    model, flat = method.model, z.flatten(0, 1)
+    assert isinstance(model, Latents)
+    if isinstance(model, LatentVariable) and cond is not None:
+        y = model.decode(flat, cond.repeat_interleave(z.shape[1], 0))
+    else:
+        y = model.decode(flat)
+    return model.codec.decode(y).reshape(*z.shape[:2], *method.data.shape)
 
 
 def evaluate(
@@ -202,21 +357,32 @@ def evaluate(
     n = min(len(held_out), settings.max_samples, len(fake))
     features: dict[str, Tensor] = {}
     if extractor:
-        features = compare(rows, extractor, held_out[:n], fake[:n], train)
+        labels = None if there.cond is None else there.cond[:n]
+        features = compare(rows, extractor, held_out[:n], fake[:n], train, labels)
     else:
         reason = f"{dataset} has no extractor, and {method.data.dims} raw dimensions are more than {RAW_DIMS}"
         rows.refused.append({"metric": "fid", "reason": reason})
     rows.attempt("nll", lambda: likelihoods(rows, method, held_out, there.cond, settings))
+    if isinstance(method.model, Features) and there.cond is not None:
+        labels_of_all = there.cond
+        rows.attempt("accuracy", lambda: accuracy(rows, method, held_out, labels_of_all))
+    manifest = shards.read_manifest(folder)
+    if isinstance(method.model, Latents) and manifest.factors:
+        disentangled(rows, method, there, manifest)
     return rows, features
 
 
 def evaluate_stage(run: str, out: Path, params: Params) -> list[dict[str, Any]]:
-    """Writes evaluation.json, metrics.json (flat, for `dvc metrics`), features.safetensors, grid.png, refused.json."""
+    """Writes evaluation.json, metrics.json (flat, for `dvc metrics`), features.safetensors, grid.png, refused.json.
+
+    For a model with latents also what `latents` gives.
+    """
     import shutil
 
     from safetensors.torch import save_file
 
     import dgm_models
+    from pipelines.data import shards
     from pipelines.stages import sample
 
     started = time.time()
@@ -225,7 +391,13 @@ def evaluate_stage(run: str, out: Path, params: Params) -> list[dict[str, Any]]:
     dataset = params.dataset_of(run)
     rows, features = evaluate(method, fake, dataset, params.evaluation)
     rows.rows += bounds(dataset)
+    shown: dict[str, bytes] = {}
+    if isinstance(method.model, Latents):
+        test = shards.load(paths.data(dataset), "test")
+        rows.attempt("latents", lambda: shown.update(latents(method, test.x, test.cond, params.evaluation.seed)))
     with files.whole(out) as folder:
+        for name, content in shown.items():
+            files.write_bytes(folder / name, content)
         files.write_json(folder / "evaluation.json", rows.rows)
         files.write_json(folder / "metrics.json", {row["metric"]: row["value"] for row in rows.rows})
         files.write_json(folder / "refused.json", rows.refused)
@@ -243,6 +415,7 @@ def reference(dataset: str, params: Params) -> list[dict[str, Any]]:
     folder = paths.data(dataset)
     manifest = shards.read_manifest(folder)
     test, valid, train = (shards.load(folder, split).x for split in ("test", "valid", "train"))
+    labels = shards.load(folder, "test").cond
     extractor = extractor_of(dataset, manifest.spec().dims)
     assert extractor is not None
     n = min(len(test), params.evaluation.max_samples, len(valid))
@@ -251,7 +424,7 @@ def reference(dataset: str, params: Params) -> list[dict[str, Any]]:
     found = []
     for name, fake in (("floor", valid[:n]), ("ceiling", uniform)):
         rows = Rows(extractor.sha256, "test", params.evaluation.seed)
-        compare(rows, extractor, test[:n], fake, train)
+        compare(rows, extractor, test[:n], fake, train, None if labels is None else labels[:n])
         found += [{"run": name, **row} for row in rows.rows]
     return found
 

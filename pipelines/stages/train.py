@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -163,11 +164,33 @@ def train(run: Run, out: Path, params: Params, verb: str = "train") -> Mapping[s
     job = ensure(run, params, verb)
     with RunStore(job.storage, job.digest).fetched("artifact") as folder, files.whole(out, seal=True) as copy:
         shutil.copytree(folder, copy, dirs_exist_ok=True)
+        if run.dataset in params.codes:
+            compose(copy, paths.decoder(run.dataset))
         spec = checkpoint.read_document(copy, "spec")
         spec["lineage"]["run"] = run.key  # the same training may have been a search's trial
         files.write_json(copy / "spec.json", spec)
     found: Mapping[str, Any] = spec["lineage"]
     return found
+
+
+def compose(artifact: Path, decoder: Path) -> None:
+    """Makes a prior's artifact one of the data that its codes stand for: the decoder's weights are copied into it.
+
+    Args:
+        artifact: of a run on codes; its spec and weights are replaced.
+        decoder: the artifact that made the codes.
+    """
+    from dgm_models import method as library
+
+    prior, parent = library.load(artifact), library.load(decoder)
+    codes = {name: prior.lineage[name] for name in ("dataset", "data_digest")}
+    data = {name: parent.lineage[name] for name in ("dataset", "data_digest")}
+    with tempfile.TemporaryDirectory(prefix="dgm-") as temporary:
+        whole = library.save(
+            library.compose(prior, parent), Path(temporary, "whole"), lineage={**prior.lineage, **data, "codes": codes}
+        )
+        for name in ("spec.json", "weights.safetensors"):
+            shutil.copy(whole / name, artifact / name)
 
 
 def curves_of(job: Job, params: Params) -> Any:
@@ -182,7 +205,7 @@ def curves_of(job: Job, params: Params) -> Any:
     return tracking.Curves(
         job.run.key,
         job.digest,
-        job.run.dataset,
+        params.modelled(job.run.dataset),
         identity(job.run),
         tags,
         paths.scratch() / "spool",

@@ -1,4 +1,4 @@
-"""tune: a search's params -> `searches/<key>/`: best.json, trials.csv, trials.png and the finalists' artifacts.
+"""tune: a search's params -> `searches/<key>/`: best.json, trials.jsonl, trials.csv, pictures, finalists' artifacts.
 
 Selection is on the valid split alone; the finalists stand against the run as it is written, with the same fresh seeds.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
+import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,32 +20,49 @@ from dgm_models.construct import plain
 from dgm_models.training import checkpoint
 from pipelines import files, paths
 from pipelines.cluster.store import RunStore
-from pipelines.params import Params, canonical_digest
+from pipelines.params import METRICS, Params, Search, canonical_digest, check_metrics
 from pipelines.progress import bar
 
 if TYPE_CHECKING:
+    from pipelines.cluster.search import Finals, Plan, Row
     from pipelines.cluster.submission import Work
+    from pipelines.tracking import Curves
 
 log = logging.getLogger("dgm.tune")
 
 AS_WRITTEN = "as written"
 
 
-def plan_of(key: str, params: Params) -> Any:
+def plan_of(key: str, params: Params) -> Plan:
     from pipelines.cluster.search import Plan
     from pipelines.stages.train import job_of
 
     search = params.searches[key]
     base = params.run(search.run)
+    check_data(key, base.dataset, search)
     job = job_of(base, params)
     git = {name: job.lineage[name] for name in ("git_commit", "git_dirty")}
     return Plan(
         search, base, tuple(params.datasets), "" if paths.ticket().is_file() else str(paths.root()), job.data,
-        job.storage, job.lineage["data_digest"], git, params.evaluation.seed, params.evaluation.max_samples,
+        job.storage, job.lineage["data_digest"], git, params.evaluation,
     )  # fmt: skip
 
 
-def digest_of(key: str, plan: Any, params: Params) -> str:
+def check_data(key: str, dataset: str, search: Search) -> None:
+    """Raises: ConfigError for the first metric of a search that its dataset cannot have."""
+    from pipelines.data import shards
+    from pipelines.stages.evaluate import extractor_of
+
+    manifest = shards.read_manifest(paths.data(dataset))
+    extractor = extractor_of(dataset, manifest.spec().dims)
+    has = {
+        "extractor": extractor is not None, "classifier": extractor is not None and extractor.method is not None,
+        "labels": manifest.classes > 0, "levels": manifest.levels is not None, "factors": bool(manifest.factors),
+    }  # fmt: skip
+    check_metrics(search, f"searches.{key}", dataset, lambda metric: all(has[need] for need in metric.data))
+
+
+def digest_of(plan: Plan) -> str:
     """The identity of a search: the run that it varies, its settings, and what measures its trials."""
     from pipelines.data import shards
     from pipelines.stages.evaluate import extractor_of
@@ -50,10 +70,8 @@ def digest_of(key: str, plan: Any, params: Params) -> str:
 
     dataset = plan.base.dataset
     extractor = extractor_of(dataset, shards.read_manifest(paths.data(dataset)).spec().dims)
-    if extractor is None:
-        raise ValueError(f"searches.{key}: {dataset} has no extractor to compare samples by")
     parts = {"run": run_digest(plan.base, plan.data_digest), "search": plain(plan.search)}
-    parts |= {"evaluation": plain(params.evaluation), "extractor": extractor.sha256}
+    parts |= {"evaluation": plain(plan.evaluation), "extractor": extractor and extractor.sha256}
     return "search-" + canonical_digest(parts)[:24]
 
 
@@ -63,143 +81,231 @@ def work_of(key: str, params: Params) -> Work:
     from pipelines.data.manifest import FILE
 
     plan = plan_of(key, params)
-    inputs = (paths.data(plan.base.dataset) / FILE, paths.extractor(plan.base.dataset))
-    return Work("tune", key, digest_of(key, plan, params), inputs, plan.search.trials)
+    inputs = [paths.data(plan.base.dataset) / FILE, paths.extractor(plan.base.dataset)]
+    return Work("tune", key, digest_of(plan), tuple(path for path in inputs if path.exists()), plan.search.trials)
 
 
-def ensure(key: str, params: Params) -> RunStore:
-    """Sees to it that the run store holds the search's result: it is there, or is searched here or as a job."""
+def ensure(key: str, params: Params) -> tuple[Plan, str]:
+    """Sees to it that the run store holds the search's result: it is there, or is searched here or as a job.
+
+    Returns: what was searched, and the digest under which it is stored.
+    """
     from pipelines.cluster import session, submission
 
     plan = plan_of(key, params)
-    digest = digest_of(key, plan, params)
+    digest = digest_of(plan)
     submission.check_digest(digest)
-    store = RunStore(plan.storage, digest)
-    if store.has_artifact():
+    if RunStore(plan.storage, digest).has_artifact():
         log.warning("searches.%s: %s is in the store already: nothing to search", key, digest)
     elif session.job_server(params.cluster):
         submission.call(work_of(key, params), params)
     else:
         search_here(key, plan, digest, params)
-    return store
+    return plan, digest
 
 
 def tune_stage(key: str, out: Path, params: Params) -> dict[str, Any]:
-    """The result of a search in `out`; it is searched first where the store does not hold it yet."""
-    with ensure(key, params).fetched("artifact") as found, files.whole(out, seal=True) as folder:
+    """The result of a search in `out`, and in MLflow; it is searched first where the store does not hold it yet."""
+    plan, digest = ensure(key, params)
+    with RunStore(plan.storage, digest).fetched("artifact") as found, files.whole(out, seal=True) as folder:
         shutil.copytree(found, folder, dirs_exist_ok=True)
+    record(key, plan, digest, out, params)
     best: dict[str, Any] = files.read_json(out / "best.json")
     return best
 
 
-def search_here(key: str, plan: Any, digest: str, params: Params) -> None:
+def search_here(key: str, plan: Plan, digest: str, params: Params) -> None:
     """Searches, retrains the finalists, and publishes what was found to the run store."""
     from pipelines.cluster import search as driver
     from pipelines.cluster import session
     from pipelines.storage import place
 
-    settings, where = plan.search, place(plan.storage).at(digest)
+    settings, where, curves = plan.search, place(plan.storage).at(digest), curves_of(key, plan, digest, params)
     with session.session(params.cluster) as ray:
         with bar(f"tune {key}", settings.trials, where, "starting Ray"):
-            rows = driver.search(ray, plan, digest, params.cluster, where.uri)
-        finished = sorted(
-            (row for row in rows if row["state"] == "finished" and row["fid"] < float("inf")),
-            key=lambda row: row["fid"],
-        )
-        if not finished:
-            errors = {row["error"] for row in rows if row["error"]}
-            raise ValueError(
-                f"searches.{key}: no trial ended with samples that have an FID; {'; '.join(errors) or 'see trials'}"
-            )
-        first = finished[: settings.finalists]
-        candidates = {AS_WRITTEN: {}} | {f"trial {row['trial']}": row["values"] for row in first}
+            rows = driver.search(plan, digest, params.cluster, where.uri, curves)
+        try:
+            candidates = candidates_of(key, plan, rows)
+        except ValueError:
+            if curves:
+                curves.finish("FAILED")
+            raise
         results = driver.finals(ray, plan, candidates)
-    means = {name: sum(fid for fid, _ in seeds.values()) / len(seeds) for name, seeds in results.items()}
-    chosen = min(means, key=lambda name: means[name])
-    best = {
-        "search": key,
-        "run": settings.run,
-        "chosen": chosen,
-        "parameters": candidates[chosen],
-        "metric": "fid on valid",
-        "candidates": [
-            {"name": name, "parameters": candidates[name], "mean": means[name],
-             "seeds": {str(seed): fid for seed, (fid, _) in seeds.items()}}
-            for name, seeds in results.items()
-        ],
-    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="dgm-") as temporary:
         folder = Path(temporary, "search")
-        files.write_json(folder / "best.json", best)
-        (folder / "trials.csv").write_text(table(rows, list(settings.space)))
-        (folder / "trials.png").write_bytes(plot(rows, list(settings.space)))
-        for name in {AS_WRITTEN, chosen}:
-            for seed, (_, run) in results[name].items():
-                target = folder / "finalists" / ("as-written" if name == AS_WRITTEN else "tuned") / str(seed)
-                with RunStore(plan.storage, run).fetched("artifact") as artifact:
-                    shutil.copytree(artifact, target)
+        write(folder, key, plan, rows, candidates, results)
         checkpoint.seal(folder)
         RunStore(plan.storage, digest).publish("artifact", folder)
 
 
-def table(rows: list[dict[str, Any]], names: list[str]) -> str:
-    """The trials as CSV, best first."""
+def candidates_of(key: str, plan: Plan, rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """The run as written and the finalists: name -> values. A trial that trained the run as written is no second one.
+
+    Raises: ValueError with the trials' reasons when no trial has an objective.
+    """
+    finished = [row for row in ordered(rows) if row["state"] == "finished" and math.isfinite(row["objective"])]
+    if not finished:
+        notes = sorted({row["note"] for row in rows if row["note"]})
+        raise ValueError(
+            f"searches.{key}: no trial ended with {plan.search.formula}: {'; '.join(notes) or 'all were stopped'}"
+        )
+    own = plan.own()
+    others = [row for row in finished if row["values"] != own]
+    first = {f"trial {row['trial']}": row["values"] for row in others[: plan.search.finalists]}
+    return {AS_WRITTEN: {}} | first
+
+
+def write(folder: Path, key: str, plan: Plan, rows: list[Row], candidates: Mapping[str, Any], results: Finals) -> None:
+    """The search's out."""
+    from pipelines.views import search as views
+
+    search = plan.search
+    described = [candidate(search, name, candidates[name], seeds) for name, seeds in results.items()]
+    chosen = min(described, key=lambda each: math.inf if each["mean"] is None else each["mean"])["name"]
+    own = plan.own()
+    marks = {row["trial"]: AS_WRITTEN for row in rows if row["values"] == own}
+    marks |= {row["trial"]: "chosen" for row in rows if chosen in (f"trial {row['trial']}", marks.get(row["trial"]))}
+    best = {
+        "search": key,
+        "run": search.run,
+        "chosen": chosen,
+        "parameters": candidates[chosen],
+        "metric": f"{plan.search.formula} on valid",
+        "metrics": {name: METRICS[name].better for name in search.metrics},
+        "candidates": described,
+    }
+    files.write_json(folder / "best.json", best)
+    lines = (json.dumps(jsonable(row), sort_keys=True) for row in rows)
+    (folder / "trials.jsonl").write_text("".join(line + "\n" for line in lines))
+    (folder / "trials.csv").write_text(table(rows, search))
+    (folder / "parallel.png").write_bytes(views.parallel(ordered(rows), search, marks))
+    if len(search.metrics) > 1:
+        (folder / "pareto.png").write_bytes(views.pareto(rows, search.metrics[:2], marks))
+    for name in {AS_WRITTEN, chosen}:
+        for seed, (_, run) in results[name].items():
+            store = RunStore(plan.storage, run)
+            if store.has_artifact():  # a training that diverged has none
+                with store.fetched("artifact") as artifact:
+                    side = "as-written" if name == AS_WRITTEN else "tuned"
+                    shutil.copytree(artifact, folder / "finalists" / side / str(seed))
+
+
+def candidate(search: Search, name: str, values: Any, seeds: Mapping[int, Any]) -> dict[str, Any]:
+    """A finalist on valid: objective and metrics with every seed, and their means; null for what is not finite."""
+    told = {str(seed): jsonable({"objective": search.score(found.metrics), **found.metrics, "run_digest": digest})
+            for seed, (found, digest) in seeds.items()}  # fmt: skip
+    scores = [search.score(found.metrics) for found, _ in seeds.values()]
+    return {"name": name, "parameters": values, "mean": jsonable(sum(scores) / len(scores)), "seeds": told}
+
+
+def jsonable(value: Any) -> Any:
+    """Numbers that JSON does not know as null."""
+    if isinstance(value, Mapping):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def ordered(rows: list[Row]) -> list[Row]:
+    """Finished trials by their objective, stopped ones by theirs, then those without a finite one."""
+
+    def rank(row: Row) -> tuple[Any, ...]:
+        return not math.isfinite(row["objective"]), row["state"] != "finished", row["objective"], row["trial"]
+
+    return sorted(rows, key=rank)
+
+
+def table(rows: list[Row], search: Search) -> str:
+    """The trials as CSV, best first; a value that is no number is written as in params.yaml's JSON."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["trial", *names, "fid", "step", "seconds", "state"])
-    order = sorted(rows, key=lambda row: (row["state"] != "finished", row["fid"] is None, row["fid"] or 0.0))
-    for row in order:
+    names = list(search.space)
+    writer.writerow(["trial", *names, "objective", *search.metrics, "step", "seconds", "state", "note"])
+    for row in ordered(rows):
+        values = [value if isinstance(value, str) else json.dumps(value) for value in map(row["values"].get, names)]
         seconds = None if row["seconds"] is None else round(row["seconds"], 2)
-        values = [row["values"].get(name) for name in names]
-        writer.writerow([row["trial"], *values, row["fid"], row["step"], seconds, row["state"]])
+        metrics = [row["metrics"].get(name) for name in search.metrics]
+        told = [row["trial"], *values, row["objective"], *metrics, row["step"], seconds, row["state"], row["note"]]
+        writer.writerow(told)
     return stream.getvalue()
 
 
-def plot(rows: list[dict[str, Any]], names: list[str]) -> bytes:
-    """FID on valid against every parameter, one panel each; stopped trials hollow."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+# ---------------------------------------------------------------- MLflow
 
-    figure = Figure(figsize=(3.1 * len(names), 3.0), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    shown = [row for row in rows if row["fid"] is not None and row["fid"] < float("inf")]
-    for panel, name in zip(panels, names, strict=True):
-        for state, fill in (("finished", "#1f5fa8"), ("stopped", "none")):
-            points = [(row["values"][name], row["fid"]) for row in shown if row["state"] == state]
-            if points:
-                panel.scatter(*zip(*points, strict=True), facecolors=fill, edgecolors="#1f5fa8", label=state)
-        numbers = [row["values"][name] for row in shown]
-        if numbers and min(numbers) > 0 and max(numbers) / min(numbers) > 10:
-            panel.set_xscale("log")
-        panel.set_yscale("log")
-        panel.set_xlabel(name)
-    for panel in panels:
-        panel.xaxis.set_minor_formatter(NullFormatter())
-    panels[0].set_ylabel("FID on valid (lower is better)")
-    panels[0].legend(frameon=False, fontsize=8)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
+
+def curves_of(key: str, plan: Plan, digest: str, params: Params) -> Curves | None:
+    """The search's run in MLflow; constructing it touches nothing. None in a job that no tracker serves: the
+    submitter records the search when it has fetched it."""
+    from pipelines import tracking
+    from pipelines.cluster import submission
+
+    if submission.ticket() and tracking.shared_uri(params.tracking.uri) is None:
+        return None
+    tags = {**{name: str(value) for name, value in plan.git.items()}, "data_digest": plan.data_digest}
+    return tracking.Curves(
+        f"search {key}", digest, plan.base.dataset, plain(plan.search), tags, paths.scratch() / "spool",
+        uri=params.tracking.where,
+    )  # fmt: skip
+
+
+def record(key: str, plan: Plan, digest: str, folder: Path, params: Params) -> None:
+    """A finished search in MLflow: its run, one nested run a trial and one a finalist and seed. What is there stays."""
+    from pipelines.cluster.search import child_of, ending, finite
+
+    search, curves = plan.search, curves_of(key, plan, digest, params)
+    if curves is None:
+        return
+    best = files.read_json(folder / "best.json")
+    means = {each["name"]: each["mean"] for each in best["candidates"] if each["mean"] is not None}
+    final = {"objective/chosen": means.get(best["chosen"]), "objective/as written": means.get(AS_WRITTEN)}
+    known, steps = [], plan.base.train.steps
+    reached = {"step": steps, "metrics": {name: value for name, value in final.items() if value is not None}}
+    if not curves.complete([reached], "FINISHED", {"dgm.chosen": best["chosen"]}):
+        return  # the same command tries again
+    for line in (folder / "trials.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        child = child_of(curves, digest, row["trial"], row["values"])
+        known.append(child.run_digest)
+        rungs = [
+            {"step": rung["step"], "metrics": finite({**told, "objective": search.score(told)})}
+            for rung in row["rungs"]
+            if (told := {name: math.nan if value is None else value for name, value in rung["metrics"].items()})
+        ]
+        if not child.complete(rungs, *ending(row["state"])):
+            return
+    for each in best["candidates"]:
+        for seed, told in each["seeds"].items():
+            own = f"{digest}.final.{told['run_digest'][:12]}"
+            child = curves.child(f"{each['name']}, seed {seed}", own, {**each["parameters"], "seed": int(seed)}, {})
+            known.append(own)
+            metrics = {name: value for name, value in told.items() if isinstance(value, float)}
+            if not child.complete([{"step": steps, "metrics": metrics}], *ending("finalist")):
+                return
+    curves.end_strays(known)
+
+
+# ---------------------------------------------------------------- test
 
 
 def compare_stage(key: str, out: Path, params: Params) -> dict[str, Any]:
-    """Tuned against as written, seed by seed, on the test split: FID with its interval."""
+    """Tuned against as written, seed by seed, on the test split: the search's metrics with their intervals."""
     import dgm_models
-    from pipelines.stages.evaluate import compared, evaluate
+    from pipelines.cluster.search import row_of
+    from pipelines.stages.evaluate import drawn, evaluate
 
-    best = files.read_json(paths.search(key) / "best.json")
-    dataset = params.run(params.searches[key].run).dataset
+    best, search = files.read_json(paths.search(key) / "best.json"), params.searches[key]
+    dataset, settings = params.run(search.run).dataset, params.evaluation
+    wanted = frozenset(METRICS[name].attempt for name in search.metrics)
     rows = []
     for side in ("as-written", "tuned"):
         source = side if best["chosen"] != AS_WRITTEN else "as-written"
-        for folder in sorted((paths.search(key) / "finalists" / source).iterdir()):
+        for folder in sorted((paths.search(key) / "finalists" / source).glob("[!.]*")):
             method = dgm_models.load(folder)
-            fake = dgm_models.sample(method, compared(dataset, params.evaluation), params.evaluation.seed)
-            found, _ = evaluate(method, fake, dataset, params.evaluation)
-            fid = next(row for row in found.rows if row["metric"].startswith("fid/"))
-            rows.append({**fid, "side": side, "seed": int(folder.name)})
-    result = {"search": key, "chosen": best["chosen"], "rows": rows}
+            fake = drawn(method, dataset, settings)
+            found, _ = evaluate(method, fake, dataset, settings, wanted=wanted)
+            told = [row for name in search.metrics if (row := row_of(name, found.rows))]
+            rows += [{**row, "side": side, "seed": int(folder.name)} for row in told]
+    result = {"search": key, "chosen": best["chosen"], "metrics": best["metrics"], "rows": rows}
     files.write_json(out, result)
     return result

@@ -1,4 +1,5 @@
-"""A search whose driver is killed goes on where it stood, and its choice is on the valid split with fresh seeds."""
+"""A search whose driver is killed goes on where it stood, its choice is on the valid split with fresh seeds, and in
+MLflow every trial and finalist is there once."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from pipelines import tracking
 from tests.support import project
 
 SEARCH = """
@@ -22,12 +25,26 @@ searches:
     rungs: 2
     grace: 0.5
     seeds: [11, 12]
+    objective: {fid: 1.0, bits_per_dim: 2.0}
+    also: [recall]
     space:
       method.latent_dim: {choice: [2, 4, 8]}
+      network.activation: {choice: [leaky_relu, silu]}
+      optim.betas: {choice: [[0.9, 0.999], [0.5, 0.9]]}
       optim.lr: {log_uniform: [1.0e-4, 1.0e-2]}
 tuned:
   vae_tuned: {search: latent, dataset: digits}
 """
+
+
+def uri(folder: Path) -> str:
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def runs(folder: Path) -> dict[str, Any]:
+    mlflow = tracking.client(uri(folder))
+    found = mlflow.search_runs([tracking.experiment_id(mlflow, "digits")])
+    return {run.info.run_id: run for run in found if "search-" in run.data.tags[tracking.RUN_DIGEST]}
 
 
 def test_killed_search_is_restored_and_chooses_on_valid(tmp_path: Path) -> None:
@@ -58,11 +75,30 @@ def test_killed_search_is_restored_and_chooses_on_valid(tmp_path: Path) -> None:
     best = json.loads((folder / "searches" / "latent" / "best.json").read_text())
     rows = list(csv.DictReader((folder / "searches" / "latent" / "trials.csv").open()))
     assert len(rows) == 4 and {row["state"] for row in rows} <= {"finished", "stopped"}
+    for row in rows:
+        weighed = float(row["fid"]) + 2 * float(row["bits_per_dim"])
+        assert abs(float(row["objective"]) - weighed) < 1e-9 and 0 <= float(row["recall"]) <= 1
+    assert rows[0]["state"] == "finished" and json.loads(rows[0]["optim.betas"]) in ([0.9, 0.999], [0.5, 0.9])
     names = [candidate["name"] for candidate in best["candidates"]]
     assert names[0] == "as written" and best["chosen"] in names
     assert best["chosen"] == min(best["candidates"], key=lambda each: each["mean"])["name"]
     assert all(set(candidate["seeds"]) == {"11", "12"} for candidate in best["candidates"])
-    assert (folder / "searches" / "latent" / "trials.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("parallel.png", "pareto.png"):
+        assert (folder / "searches" / "latent" / name).read_bytes().startswith(b"\x89PNG")
+    told = runs(folder)
+    assert len([run for run in told.values() if run.info.status == "FINISHED"]) == 1 + 4 + 2 * len(names)
+    assert {run.info.status for run in told.values()} <= {"FINISHED", "KILLED"}  # a trial that was proposed anew
+    parent = next(run for run in told.values() if run.info.run_name == "search latent")
+    for run in told.values():
+        assert run is parent or run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    trials = (json.loads(line) for line in (folder / "searches" / "latent" / "trials.jsonl").read_text().splitlines())
+    for trial in trials:
+        name = f"trial {trial['trial']}"
+        found = [run for run in told.values() if (run.info.run_name, run.info.status) == (name, "FINISHED")]
+        history = tracking.client(uri(folder)).get_metric_history(found[0].info.run_id, "fid")
+        assert [item.step for item in history] == [rung["step"] for rung in trial["rungs"]], "every rung once"
+    project.dgm(folder, "tune", "latent")  # nothing to search, and nothing to add
+    assert set(runs(folder)) == set(told)
 
     project.dgm(folder, "train", "vae_tuned")
     spec = json.loads((folder / "artifacts" / "vae_tuned" / "spec.json").read_text())

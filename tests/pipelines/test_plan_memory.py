@@ -19,7 +19,7 @@ from pipelines.plan import dry
 from pipelines.plan.cost import traffic
 from pipelines.plan.dry import Dry, run_dry
 from pipelines.plan.ledger import Ledger
-from tests.laws.cases import FIRST, Case, small
+from tests.laws.cases import FIRST, Case, made, small
 
 WIDTH = 512
 NUMBERS = WIDTH * WIDTH  # of the toy's one matrix
@@ -183,10 +183,15 @@ def test_plan_works_for_every_registered_method_on_any_number_of_workers(case: C
     for world, one in found.items():
         assert min(one.peak.values()) >= 0
         assert one.peak["parameters"] >= 4 * sum(one.parameters.values())
-        assert one.flops * world == pytest.approx(found[1].flops)  # the work is divided
+        # the work is divided; what is computed from summed statistics is every worker's
+        assert one.flops * world >= found[1].flops * (1 - 1e-6)
+        if case.method not in ("vae/gaussian_mixture", "vae/ppca"):
+            assert one.flops * world == pytest.approx(found[1].flops)
         sent = sum(traffic(counts, world) for _, counts in one.steps)
         assert (sent > 0) == (world > 1)
-    if len(found[1].parameters) == 1:
+    objective = made(case).objective
+    whole = objective.whole or type(objective).initialize is not Objective.initialize
+    if len(found[1].parameters) == 1 and not whole:
         assert run_dry(run, case.spec, 64, shard=True).peak["parameters"] < found[64].peak["parameters"]
     else:
         with pytest.raises(ValueError, match=r"cluster\.shard"):

@@ -111,7 +111,7 @@ def test_register_gives_a_signature_of_the_stored_event(uri: str, tmp_path: Path
     assert signature is not None
     output = signature.outputs.inputs[0]
     assert output.shape == (-1, 1, 8, 8) and output.type.name == "uint8"
-    assert {each.name for each in signature.params.params} == {"n", "seed"}
+    assert {each.name for each in signature.params.params} == {"n", "seed", "label"}
     requirements = (version_folder(uri, "1") / "requirements.txt").read_text()
     assert "torch==" in requirements and "+" not in requirements
 

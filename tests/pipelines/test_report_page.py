@@ -17,6 +17,7 @@ from pipelines.stages.report import Axis, flat, panel, panels, report, short
 
 PNG = b"\x89PNG\r\n\x1a\n"
 VOID = {"meta", "link", "img", "br"}
+TWICE = {**entry("fid/digits", 1.0), "side": "tuned", "seed": 0}
 
 
 class Page(HTMLParser):
@@ -73,17 +74,24 @@ def write_project(root: Path) -> None:
     write(root / "promotions/digits.verdict.json", verdict)
     found = {"method.beta": 0.123456789}
     candidates = [
-        {"name": "as written", "parameters": {}, "mean": 20.0, "seeds": {"9": 19.0, "101": 21.0}},
-        {"name": "trial 3", "parameters": found, "mean": 11.0, "seeds": {"9": 10.0, "101": 12.0}},
-    ]
+        {"name": name, "parameters": values, "mean": sum(fids) / 2, "seeds": {
+            seed: {"objective": fid, "fid": fid, "recall": 0.5} for seed, fid in zip(("9", "101"), fids, strict=True)}}
+        for name, values, fids in (("as written", {}, (19.0, 21.0)), ("trial 3", found, (10.0, 12.0)))
+    ]  # fmt: skip
+    metrics = {"fid": "lower", "recall": "higher"}
     best = {"search": "s", "run": "vae", "chosen": "trial 3", "parameters": found,
-            "metric": "fid on valid", "candidates": candidates}  # fmt: skip
+            "metric": "fid on valid", "metrics": metrics, "candidates": candidates}  # fmt: skip
     write(root / "searches/s/best.json", best)
-    (root / "searches/s/trials.csv").write_text("trial,method.beta,fid,state\n3,0.123456789,11.5,finished\n")
-    (root / "searches/s/trials.png").write_bytes(PNG)
-    sides = [("as-written", 9, 20.0), ("as-written", 101, 22.0), ("tuned", 9, 12.0), ("tuned", 101, 23.0)]
-    rows = [{**entry("fid/digits", value), "side": side, "seed": seed} for side, seed, value in sides]
-    write(root / "comparisons/s.json", {"search": "s", "chosen": "trial 3", "rows": rows})
+    told = "trial,method.beta,objective,fid,recall,state\n3,0.123456789,-11.5,11.5,0.5,finished\n"
+    (root / "searches/s/trials.csv").write_text(told)
+    (root / "searches/s/parallel.png").write_bytes(PNG)
+    (root / "searches/s/pareto.png").write_bytes(PNG)
+    sides = [("as-written", 9, 20.0, 0.5), ("as-written", 101, 22.0, 0.5),
+             ("tuned", 9, 12.0, 0.75), ("tuned", 101, 23.0, 0.875)]  # fmt: skip
+    rows = [{**entry(metric, value), "side": side, "seed": seed}
+            for side, seed, *both in sides
+            for metric, value in zip(("fid/digits", "recall/digits"), both, strict=True)]  # fmt: skip
+    write(root / "comparisons/s.json", {"search": "s", "chosen": "trial 3", "metrics": metrics, "rows": rows})
 
 
 @pytest.fixture
@@ -214,13 +222,33 @@ def test_report_compares_tuned_with_as_written_seed_by_seed(root: Path) -> None:
     write_project(root)
     text = page_of(root).text
     assert "Chosen: trial 3 with method.beta 0.123457" in text
-    assert "Means over 2 seeds: as written 21, tuned 17.5; tuned is lower with 1 of 2." in text
-    assert "seed 9 seed 101 Mean" in text  # by number
-    assert "3 0.1235 11.5 finished" in text
-    best = json.loads((root / "searches/s/best.json").read_text()) | {"chosen": "as written", "parameters": {}}
-    write(root / "searches/s/best.json", best)
+    assert "fid/digits: means over 2 seeds: as written 21, tuned 17.5; tuned is better with 1 of 2." in text
+    assert "recall/digits: means over 2 seeds: as written 0.5, tuned 0.8125; tuned is better with 2 of 2." in text
+    assert "Measured: fid (lower is better), recall (higher is better)." in text
+    assert "seed 9 seed 101 Mean ↓ fid ↓ recall ↑" in text  # by number
+    assert "trial 3 chosen 10 12 11 11 0.5" in text
+    assert "trial method.beta objective ↓ fid ↓ recall ↑ state" in text
+    assert "3 0.1235 −11.5 11.5 0.5 finished" in text
+    for name in ("best", "comparisons"):
+        file = root / ("searches/s/best.json" if name == "best" else "comparisons/s.json")
+        write(file, json.loads(file.read_text()) | {"chosen": "as written"})
     text = page_of(root).text
-    assert "no parameters with a lower mean than the run as written" in text and "Means over" not in text
+    assert "no parameters with a lower mean than the run as written" in text and "means over" not in text
+
+
+def test_report_shows_a_search_without_finite_values(root: Path) -> None:
+    write_project(root)
+    best = json.loads((root / "searches/s/best.json").read_text())
+    best["candidates"][0]["mean"] = best["candidates"][0]["seeds"]["9"]["fid"] = None
+    best["candidates"][0]["seeds"]["9"]["objective"] = None
+    write(root / "searches/s/best.json", best)
+    compared = json.loads((root / "comparisons/s.json").read_text())
+    for row in compared["rows"]:
+        row["value"] = -row["value"]  # an ELBO, say: no logarithm, no bars
+    write(root / "comparisons/s.json", compared | {"rows": compared["rows"][:-1]})
+    text = page_of(root).text
+    assert "as written no value 21 no value no value 0.5" in text
+    assert "logarithmic axis. fid/digits" not in text and "means over 1 seed:" in text
 
 
 @pytest.mark.parametrize(
@@ -228,7 +256,7 @@ def test_report_compares_tuned_with_as_written_seed_by_seed(root: Path) -> None:
     [
         ("searches/s/best.json", "{}"),
         ("comparisons/s.json", "{}"),
-        ("comparisons/s.json", json.dumps({"rows": [{**entry("fid/digits", 1.0), "side": "tuned", "seed": 0}] * 2})),
+        ("comparisons/s.json", json.dumps({"chosen": "trial 3", "metrics": {"fid": "lower"}, "rows": [TWICE, TWICE]})),
         ("evaluations/gan/refused.json", "[1]"),
         ("extractors/digits/accuracy.json", "{}"),
         ("promotions/digits.verdict.json", "{}"),

@@ -19,6 +19,7 @@ TABLE = {
     "eight-gaussians": "pipelines.data.datasets.eight_gaussians:EightGaussians",
     "checkerboard": "pipelines.data.datasets.checkerboard:Checkerboard",
     "pinwheel": "pipelines.data.datasets.pinwheel:Pinwheel",
+    "shapes": "pipelines.data.datasets.shapes:Shapes",
     "image-folder": "pipelines.data.datasets.image_folder:ImageFolder",
     "npy": "pipelines.data.datasets.npy:Npy",
     "parquet": "pipelines.data.datasets.parquet:Parquet",
