@@ -19,7 +19,10 @@ from pipelines.params import Params
 
 def waves(params: Params, zoo: bool) -> list[list[str]]:
     """The stages that train, in groups whose members do not depend on each other."""
-    runs = [key for key in params.runs if key.startswith(paths.ZOO) == zoo]
+    # runs on codes come with the rest: they wait for the run that makes the codes
+    runs = [
+        key for key, run in params.runs.items() if key.startswith(paths.ZOO) == zoo and run.dataset in params.datasets
+    ]
     if zoo:
         return [[f"train@{key.removeprefix(paths.ZOO)}" for key in runs]]
     before = [f"prepare@{key}" for key in sorted({params.run(key).dataset for key in runs} | set(params.extractors))]

@@ -404,13 +404,13 @@ class Curves:
         return True
 
     def end_strays(self, known: Collection[str]) -> None:
-        """Ends, as KILLED, nested runs that are still open and have none of these digests."""
+        """Marks as KILLED the nested runs that have none of these digests: nothing of them is in the result."""
         try:
             mlflow = client(self.uri)
             place = experiment_id(mlflow, self._header.experiment)
             run_id = _start(mlflow, self._header, self._family.run_ids)
             for run in mlflow.search_runs([place], f"tags.`{PARENT}` = '{run_id}'"):
-                if run.info.status == "RUNNING" and run.data.tags.get(RUN_DIGEST) not in known:
+                if run.info.status != "KILLED" and run.data.tags.get(RUN_DIGEST) not in known:
                     mlflow.set_terminated(run.info.run_id, "KILLED")
         except Exception as error:
             self._fail(f"{self.uri} does not end runs: {type(error).__name__}: {error}")

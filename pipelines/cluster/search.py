@@ -180,13 +180,17 @@ def train_here(plan: Plan, run: Run, rung: Callable[[int, Measured], None] | Non
                 trainer.load(folder)
         trainer.train = replace(trainer.train, checkpoint_every=run.train.steps)
 
+        def told(step: int) -> None:
+            if rung and step in rungs and step < run.train.steps:
+                rung(step, measure(plan, replace_model(method, trainer.final())))
+
         def report(step: int, metrics: Mapping[str, float]) -> None:
             if rung and step in rungs and step < run.train.steps:
                 with suppress(Fenced):  # another trial trains the same params, and stores them
                     store.save(step, trainer.save)  # before the report: a stopped trial never returns from it
-                weights = trainer.final()
-                rung(step, measure(plan, replace_model(method, weights)))
+            told(step)
 
+        told(trainer.step_number)  # the search may have been killed before it kept what was reported there
         started = time.perf_counter()
         try:
             trainer.run(report)
