@@ -44,6 +44,7 @@ def view(
     if len(norms) < 2:
         return None
     gains = {name.rpartition("/")[0]: points for name, points in curves.items() if _is(name, "gain")}
+    players = [name for name in norms if not gains or name in gains]  # a turn may have a name of its own, such as r1
     gap = curves.get("duality_gap")
     optimum = next((points for name, points in curves.items() if _is(name, "from_optimum")), None)
     drawn = [panel("gradient_norm", _above_zero(norms))]
@@ -51,13 +52,13 @@ def view(
         drawn.append(panel("duality_gap", {**gains, "sum": gap}))
     if optimum:
         drawn.append(panel("from_optimum", {"value": optimum}))
-    told = [*_gradients(norms), _modes(modes), *_gap(gap, gains)]
+    told = [*_gradients({player: norms[player] for player in players}), _modes(modes), *_gap(gap, gains)]
     return {
         "run": run,
         "panels": drawn,
         "findings": [{"bad": bad, "text": minus(text)} for bad, text in told],
         "modes": modes and {"covered": round(modes["value"]), "of": modes["of"], "interval": words(modes)[1]},
-        "nash": _nash(curves, list(norms)),
+        "nash": _nash(curves, players),
     }
 
 

@@ -119,6 +119,14 @@ def test_game_verdict_says_what_its_numbers_say(root: Path, change: Any, verdict
     assert {"gradient", "least", "greatest"} <= nash["rows"][0].keys()
 
 
+def test_turn_with_a_name_of_its_own_is_no_player(root: Path) -> None:
+    vanishing = [{**row, "metrics": {**row["metrics"], "r1/gradient_norm": 1 / row["step"] ** 2}}
+                 for row in trained(nash=NASH)]  # fmt: skip
+    found = seen(root, vanishing, covered(8))
+    assert found["nash"]["verdict"] == "nash" and flags(found) == []
+    assert {line["label"] for line in found["panels"][0]["lines"]} == {"critic", "generator", "r1"}
+
+
 def test_game_that_was_not_tested_has_no_verdict(root: Path) -> None:
     assert seen(root, trained(), None)["nash"] is None
 
