@@ -151,3 +151,8 @@ def continuous(data: DataSpec) -> Codec:
 def discrete(data: DataSpec) -> Codec:
     """The codec of models with a likelihood of the stored values: `Discrete`, or `Standardized` for real data."""
     return Standardized(data) if data.levels is None else Discrete(data)
+
+
+def centred(x: Tensor, data: DataSpec) -> Tensor:
+    """A network's input: levels mapped to [-1, 1], real data as it is."""
+    return x if data.levels is None else x.float() * (2.0 / (data.levels - 1)) - 1.0

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dgm_models import noise
+from dgm_models.codecs import centred, discrete
 from dgm_models.construct import Choice, Range
 from dgm_models.protocols import DataSpec
 
@@ -120,6 +121,4 @@ def _image(data: DataSpec, name: str) -> tuple[int, ...]:
 
 def _unit(data: DataSpec, x: Tensor) -> Tensor:
     """Stored x as float32: levels in [-1, 1], real data standardised."""
-    if data.levels is None:
-        return (x.float() - data.location) / data.scale
-    return x.float() * (2.0 / (data.levels - 1)) - 1.0
+    return centred(discrete(data).encode(x, torch.zeros(len(x)))[0], data)

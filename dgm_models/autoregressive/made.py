@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgm_models.codecs import Discrete
+from dgm_models.codecs import Discrete, centred
 from dgm_models.construct import NonNegative, Positive
 from dgm_models.nn.masked import MaskedMlp
 from dgm_models.objective import Loss, Objective, Turn
-from dgm_models.ops.likelihoods import centred
 from dgm_models.protocols import Batch, DataSpec, Model
 
 ONE_HOT_LEVELS = 32  # up to here an input is one-hot; above, one number in [-1, 1] unless levels have no order

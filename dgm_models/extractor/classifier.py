@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgm_models.codecs import discrete
+from dgm_models.codecs import centred, discrete
 from dgm_models.construct import Positive
 from dgm_models.nn.networks import Conv, Network
 from dgm_models.objective import Loss, Objective, Turn
-from dgm_models.ops.likelihoods import centred
 from dgm_models.protocols import Batch, DataSpec, Model
 
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dgm_models.codecs import discrete
+from dgm_models.codecs import centred, discrete
 from dgm_models.conditions import Condition
 from dgm_models.nn.conditioner import Conditioner, check
 from dgm_models.nn.networks import Network
 from dgm_models.ops.divergences import kl_to_standard_normal
-from dgm_models.ops.likelihoods import Name, centred, likelihood
+from dgm_models.ops.likelihoods import Name, likelihood
 from dgm_models.protocols import Batch, DataSpec, Model
 
 PASS = 2**24  # decoder outputs held at once by `elbo` and `prior_estimate`; 64 MiB of float32

@@ -138,8 +138,3 @@ def likelihood(name: Name, data: DataSpec) -> Likelihood:
             raise ValueError(f"likelihood: 'bernoulli' is for 2 levels, the data has {data.levels}")
         return Bernoulli()
     return Categorical(data.levels) if name == "categorical" else Logistic(data.levels)
-
-
-def centred(x: Tensor, data: DataSpec) -> Tensor:
-    """A network's input: levels mapped to [-1, 1], real data as it is."""
-    return x if data.levels is None else x.float() * (2.0 / (data.levels - 1)) - 1.0

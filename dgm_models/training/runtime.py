@@ -114,7 +114,7 @@ def keep_freed_memory() -> bool:
     """Asks the C library to keep this process's freed memory for its next tensors: `True` where it is glibc.
 
     By default glibc gives large blocks back to the system and takes them again a moment later, zeroed page by page:
-    a quarter of the time of a convolutional VAE's step on a CPU. Values do not change.
+    a sixth of the time of a convolutional VAE's step on a CPU. Values do not change.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

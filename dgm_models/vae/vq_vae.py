@@ -7,6 +7,7 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
+from dgm_models.codecs import centred
 from dgm_models.construct import Fraction, NonNegative, NonNegativeFloat, Positive, Range
 from dgm_models.nn.networks import Mlp
 from dgm_models.nn.quantize import (
@@ -22,7 +23,7 @@ from dgm_models.nn.quantize import (
     to_grid,
     to_vectors,
 )
-from dgm_models.ops.likelihoods import Name, centred
+from dgm_models.ops.likelihoods import Name
 from dgm_models.protocols import DataSpec
 from dgm_models.training.runtime import current
 

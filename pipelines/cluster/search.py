@@ -180,20 +180,18 @@ def train_here(plan: Plan, run: Run, rung: Callable[[int, Measured], None] | Non
                 trainer.load(folder)
         trainer.train = replace(trainer.train, checkpoint_every=run.train.steps)
 
-        def told(step: int) -> None:
-            if rung and step in rungs and step < run.train.steps:
-                rung(step, measure(plan, replace_model(method, trainer.final())))
-
-        def report(step: int, metrics: Mapping[str, float]) -> None:
-            if rung and step in rungs and step < run.train.steps:
+        def tell(step: int, save: bool) -> None:
+            if not rung or step not in rungs or step == run.train.steps:
+                return
+            if save:
                 with suppress(Fenced):  # another trial trains the same params, and stores them
                     store.save(step, trainer.save)  # before the report: a stopped trial never returns from it
-            told(step)
+            rung(step, measure(plan, replace_model(method, trainer.final())))
 
-        told(trainer.step_number)  # the search may have been killed before it kept what was reported there
+        tell(trainer.step_number, save=False)  # the search may have been killed before it kept what was reported there
         started = time.perf_counter()
         try:
-            trainer.run(report)
+            trainer.run(lambda step, metrics: tell(step, save=True))
         except FloatingPointError as error:
             diverged = unusable(plan.search, str(error))
             if rung:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -186,7 +187,7 @@ def attempt(drill: Drill, bench: Bench) -> dict[str, Any]:
     try:
         outcome = action(bench)
     except Exception as failure:  # the next drill runs all the same
-        error = "".join(traceback.format_exception(failure, limit=-3)).strip()
+        error = without_folders("".join(traceback.format_exception(failure, limit=-3)).strip())
         bench.reset()
     return found | {
         "passed": not error,
@@ -195,6 +196,13 @@ def attempt(drill: Drill, bench: Bench) -> dict[str, Any]:
         "lost_steps": outcome.lost_steps if outcome else None,
         "error": error,
     }
+
+
+def without_folders(text: str) -> str:
+    """A text whose files are named from the project's and the environment's folder on: a log goes to other machines."""
+    from pipelines import paths
+
+    return text.replace(f"{sys.prefix}/", "").replace(f"{paths.code()}/", "")
 
 
 def _commit() -> str | None:

@@ -201,12 +201,11 @@ def likelihoods(rows: Rows, method: Method, x: Tensor, labels: Tensor | None, se
         rows.add(f"bits_per_dim{given}", bits, "bits/dim", kind, False)
 
 
-def accuracy(rows: Rows, method: Method, x: Tensor, labels: Tensor) -> None:
+def accuracy(method: Method, x: Tensor, labels: Tensor) -> Estimate:
     """The share of stored x [N, *event] whose label is the most probable one to a model that classifies."""
     _, probabilities = Extractor("", "", method)(x)
     assert probabilities is not None
-    right = (probabilities.argmax(1) == labels).double()
-    rows.add("accuracy", likelihood.mean_estimate(right), "share", "estimate", False)
+    return likelihood.mean_estimate((probabilities.argmax(1) == labels).double())
 
 
 @torch.no_grad()
@@ -363,9 +362,12 @@ def evaluate(
         reason = f"{dataset} has no extractor, and {method.data.dims} raw dimensions are more than {RAW_DIMS}"
         rows.refused.append({"metric": "fid", "reason": reason})
     rows.attempt("nll", lambda: likelihoods(rows, method, held_out, there.cond, settings))
-    if isinstance(method.model, Features) and there.cond is not None:
-        labels_of_all = there.cond
-        rows.attempt("accuracy", lambda: accuracy(rows, method, held_out, labels_of_all))
+    known = there.cond
+    if isinstance(method.model, Features) and known is not None:
+        rows.attempt(
+            "accuracy",
+            lambda: rows.add("accuracy", accuracy(method, held_out, known), "share", "estimate", False),
+        )
     manifest = shards.read_manifest(folder)
     if isinstance(method.model, Latents) and manifest.factors:
         disentangled(rows, method, there, manifest)
@@ -450,13 +452,12 @@ def extractor_stage(dataset: str, out: Path, params: Params) -> dict[str, Any]:
     train(params.extractors[dataset], out, params, "extractor")
     method = dgm_models.load(out)
     test = shards.load(paths.data(dataset), "test")
-    _, probabilities = Extractor(dataset, "", method)(test.x)
-    assert probabilities is not None and test.cond is not None
-    right = likelihood.mean_estimate((probabilities.argmax(1) == test.cond).double())
+    assert test.cond is not None
+    right = accuracy(method, test.x, test.cond)
     with files.whole(out) as folder:
         for path in paths.extractor(dataset).iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
-        accuracy = {"accuracy": asdict(right), "feature_dim": method.params["feature_dim"]}
-        files.write_json(folder / "accuracy.json", accuracy)
+        told = {"accuracy": asdict(right), "feature_dim": method.params["feature_dim"]}
+        files.write_json(folder / "accuracy.json", told)
         files.write_json(folder / "reference.json", reference(dataset, params))
-    return accuracy
+    return told

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dgm_models.codecs import centred
 from dgm_models.ops.divergences import kl_to_standard_normal
-from dgm_models.ops.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Logistic, centred, likelihood
+from dgm_models.ops.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Logistic, likelihood
 from dgm_models.protocols import DataSpec
 
 WHOLE = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,10 @@ def test_record_counts_attempts_and_takes_recovery_of_those_that_passed(tmp_path
     page.write_text("nothing")
     with pytest.raises(ValueError, match="marks"):
         record.update(page, log)
+
+
+def test_an_error_in_the_log_names_no_folder_of_its_machine() -> None:
+    from pipelines import drills, paths
+
+    text = f'File "{paths.code()}/pipelines/cli.py", line 1\nFile "{sys.prefix}/lib/torch.py", line 2'
+    assert drills.without_folders(text) == 'File "pipelines/cli.py", line 1\nFile "lib/torch.py", line 2'
