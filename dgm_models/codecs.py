@@ -48,8 +48,8 @@ def _levels(data: DataSpec, codec: str) -> int:
 def _inside(y: Tensor, x: Tensor, cell: Callable[[Tensor], Tensor]) -> Tensor:
     """Float64 y as float32, one step back where rounding has left the cell of x: `decode` must give x again."""
     rounded = y.float()
-    beyond = (cell(rounded) - x).sign().float()
-    return torch.where(beyond == 0, rounded, torch.nextafter(rounded, rounded - beyond))
+    beyond = (cell(rounded) - x).sign_().float()
+    return torch.nextafter(rounded, rounded - beyond)  # inside, where beyond is 0: itself
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ class Dequantized:
     def encode(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         levels = _levels(self.data, "Dequantized")
         log_det = self.data.dims * math.log(2.0 / levels)
-        y = self._noisy(x, key) * (2.0 / levels) - 1.0
+        y = self._noisy(x, key).mul_(2.0 / levels).sub_(1.0)
         return _inside(y, x, self._cell), torch.full((len(x),), log_det, device=x.device)
 
     def _noisy(self, x: Tensor, key: Tensor) -> Tensor:
         """x + u as float64."""
-        return x.double() + noise.uniform(key, "dequantize", self.data.shape)
+        return noise.uniform(key, "dequantize", self.data.shape).double().add_(x)
 
     def decode(self, y: Tensor) -> Tensor:
         levels = _levels(self.data, "Dequantized")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,9 @@ class Batch:
 
     def split(self, parts: int) -> Iterator[Batch]:
         """`parts` micro-batches, as even as can be, in order; none is empty."""
+        if parts == 1:
+            yield self
+            return
         for part in range(parts):
             start, stop = len(self) * part // parts, len(self) * (part + 1) // parts
             if stop > start:  # fewer rows than parts: fewer micro-batches
@@ -138,17 +141,27 @@ class Model(nn.Module):
         data: the stored data it was built for.
         codec: stored bytes <-> the space in which the capabilities work.
         condition: what `cond` is, None for a model without one.
+        sampling: the settings of its sampler, a dataclass; None for a model that has none.
+        evaluations: how often the network was evaluated for every sample of the last call of `sample`.
     """
 
     data: DataSpec
     codec: Codec
     condition: Condition | None
+    sampling: Any
+    evaluations: int
 
     def __init__(self, data: DataSpec, codec: Codec) -> None:
         super().__init__()
         self.data = data
         self.codec = codec
         self.condition = None
+        self.sampling = None
+        self.evaluations = 1
+
+    def given(self, batch: Batch) -> Tensor | None:
+        """The batch's conditions; labels that the model was not built for are passed over."""
+        return batch.cond if self.condition else None
 
     def conditions(self, x: Tensor, labels: Tensor | None, key: Tensor) -> Tensor | None:
         """The conditions of stored x [B, *event] with labels [B] and keys [B]; None for a model without one."""
@@ -208,12 +221,30 @@ class Score(Protocol):
 class Latents(Protocol):
     """A code for every example, and back."""
 
-    def encode(self, x: Tensor) -> Tensor:
-        """[B, latent_dim]: the posterior's mean."""
+    def encode(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """[B, latent_dim]: the posterior's mean, or the latents that x has."""
         ...
 
-    def decode(self, z: Tensor) -> Tensor:
-        """[B, *event] in model space: the likelihood's mode or mean."""
+    def decode(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
+        """[B, *event] in model space: the likelihood's mode or mean, or the x that has these latents."""
+        ...
+
+
+@runtime_checkable
+class DiagonalPosterior(Protocol):
+    """A code's uncertainty."""
+
+    def posterior(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x, c), each [B, latent_dim]."""
+        ...
+
+
+@runtime_checkable
+class Completes(Protocol):
+    """Draws what is missing of an example from its distribution given the rest."""
+
+    def complete(self, x: Tensor, known: Tensor, rng: torch.Generator, cond: Tensor | None = None) -> Tensor:
+        """[n, *event] in model space: x where known [n, *event] bool, drawn elsewhere."""
         ...
 
 
@@ -259,6 +290,7 @@ CAPABILITIES: dict[str, type] = {
     "energy": Energy,
     "score": Score,
     "latents": Latents,
+    "completes": Completes,
     "codes": Codes,
     "features": Features,
 }

@@ -14,7 +14,7 @@ from dgm_models.nn.conditioner import Conditioner, check
 from dgm_models.nn.networks import Network
 from dgm_models.ops.divergences import kl_to_standard_normal
 from dgm_models.ops.likelihoods import Name, likelihood
-from dgm_models.protocols import Batch, DataSpec, Model
+from dgm_models.protocols import DataSpec, Model
 
 PASS = 2**24  # decoder outputs held at once by `elbo` and `prior_estimate`; 64 MiB of float32
 
@@ -61,10 +61,6 @@ class LatentVariable(Model):
         h = self.encoder(self.conditioner.join(centred(x, self.data), cond))
         mean, log_variance = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2, dim=1)
         return mean, log_variance.clamp(-14, 14)
-
-    def given(self, batch: Batch) -> Tensor | None:
-        """The batch's conditions; labels that the model was not built for are passed over."""
-        return batch.cond if self.condition else None
 
     def outputs(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
         """The likelihood's params [B, num_params, *event] at z [B, latent_dim]."""

@@ -27,8 +27,8 @@ class Likelihood(Protocol):
         """[B] nats, summed over the event."""
         ...
 
-    def sample(self, params: Tensor, rng: torch.Generator) -> Tensor:
-        """[B, *event] in model space."""
+    def sample(self, params: Tensor, rng: torch.Generator, temperature: float = 1.0) -> Tensor:
+        """[B, *event] in model space; logits are divided by the temperature, scales multiplied."""
         ...
 
     def mode(self, params: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ class Bernoulli:
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         return -F.binary_cross_entropy_with_logits(params[:, 0], x.to(params.dtype), reduction="none").flatten(1).sum(1)
 
-    def sample(self, params: Tensor, rng: torch.Generator) -> Tensor:
-        return torch.bernoulli(params[:, 0].sigmoid(), generator=rng).long()
+    def sample(self, params: Tensor, rng: torch.Generator, temperature: float = 1.0) -> Tensor:
+        return torch.bernoulli((params[:, 0] / temperature).sigmoid(), generator=rng).long()
 
     def mode(self, params: Tensor) -> Tensor:
         return (params[:, 0] > 0).long()
@@ -60,8 +60,8 @@ class Categorical:
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         return -F.cross_entropy(params.float(), x, reduction="none").flatten(1).sum(1)
 
-    def sample(self, params: Tensor, rng: torch.Generator) -> Tensor:
-        probabilities = params.float().softmax(1).movedim(1, -1)
+    def sample(self, params: Tensor, rng: torch.Generator, temperature: float = 1.0) -> Tensor:
+        probabilities = (params.float() / temperature).softmax(1).movedim(1, -1)
         flat = torch.multinomial(probabilities.reshape(-1, self.num_params), 1, generator=rng)
         return flat.reshape(probabilities.shape[:-1])
 
@@ -92,10 +92,10 @@ class Logistic:
         log_p = torch.where(x == 0, F.logsigmoid(upper), torch.where(x == self.levels - 1, F.logsigmoid(-lower), inner))
         return log_p.flatten(1).sum(1)
 
-    def sample(self, params: Tensor, rng: torch.Generator) -> Tensor:
+    def sample(self, params: Tensor, rng: torch.Generator, temperature: float = 1.0) -> Tensor:
         location, scale = self._location_scale(params.float())
         u = torch.rand(location.shape, generator=rng, device=location.device).clamp(1e-6, 1 - 1e-6)
-        return (location + scale * torch.logit(u)).round().clamp(0, self.levels - 1).long()
+        return (location + temperature * scale * torch.logit(u)).round().clamp(0, self.levels - 1).long()
 
     def mode(self, params: Tensor) -> Tensor:
         return self._location_scale(params.float())[0].round().clamp(0, self.levels - 1).long()
@@ -111,10 +111,10 @@ class Gaussian:
         square = (x - mean) ** 2 * (-log_variance).exp()
         return -0.5 * (square + log_variance + math.log(2 * math.pi)).flatten(1).sum(1)
 
-    def sample(self, params: Tensor, rng: torch.Generator) -> Tensor:
+    def sample(self, params: Tensor, rng: torch.Generator, temperature: float = 1.0) -> Tensor:
         mean, log_variance = params[:, 0], params[:, 1].clamp(-14, 14)
         eps = torch.randn(mean.shape, generator=rng, device=mean.device, dtype=mean.dtype)
-        return mean + (0.5 * log_variance).exp() * eps
+        return mean + temperature * (0.5 * log_variance).exp() * eps
 
     def mode(self, params: Tensor) -> Tensor:
         return params[:, 0]

@@ -67,7 +67,7 @@ class ArraySource:
             at += last - first
         rows = torch.cat(parts)
         return Batch(
-            x=self.x[rows],
+            x=self.x.index_select(0, rows),  # copies whole rows; indexing goes value by value
             key=torch.arange(start, stop),
             id=self.ids[rows],
             cond=None if self.cond is None else self.cond[rows],

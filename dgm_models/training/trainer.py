@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -128,12 +129,14 @@ class Trainer:
         self.average = Average(model, train.average) if train.average else None
         self.best = Average(self.evaluated, 0.0) if train.keep == "best" else None
         self._place()
+        self.parameters = {name: dict(player.named_parameters()) for name, player in self.players.items()}
         self.optimizers = {name: optim.of(name).build(player) for name, player in self.players.items()}
         self.step_number, self.position = 0, 0
         self.best_loss, self.since_best = float("inf"), 0
         self.history: list[tuple[int, Metrics]] = []  # everything reported, kept in the checkpoint
         self._reductions: dict[str, Reduction] = {}
         self._losses = [torch.compile(turn.loss) if train.compile else turn.loss for turn in self.turns]
+        self._zero = torch.zeros((), device=self.runtime.device)
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
@@ -234,7 +237,7 @@ class Trainer:
         first, last = self.runtime.share(self.train.batch_size)
         batch = self._fetch(self.source, self.position + first, self.position + last, "train")
         self.position += self.train.batch_size
-        torch.manual_seed(noise.digest(self.seed, "prepare", self.position, self.runtime.rank))
+        self.runtime.seed(noise.digest(self.seed, "prepare", self.position, self.runtime.rank))
         with torch.no_grad():
             prepared: Batch | Sequence[Batch] = run(self.model, self.objective.prepare, self.model, batch)
             return prepared
@@ -243,7 +246,7 @@ class Trainer:
         if type(self.objective).initialize is Objective.initialize:
             return  # no weight depends on data, and the whole batch may not fit in one worker
         batch = self._fetch(self.source, 0, self.train.batch_size, "initialize")
-        torch.manual_seed(noise.digest(self.seed, "initialize"))
+        self.runtime.seed(noise.digest(self.seed, "initialize"))
         with torch.no_grad():
             self.objective.initialize(self.model, batch)
         if self.average:  # it was copied before the weights were there
@@ -254,30 +257,30 @@ class Trainer:
         optimizer, settings = self.optimizers[turn.player], self.optim.of(turn.player)
         where = (self.seed, self.step_number, index, update)
         batch = batch.fold("update", self.step_number, index, update)
-        sums: dict[str, Tensor] = {}
-        count = torch.zeros((), device=self.runtime.device)
-        optimizer.zero_grad(set_to_none=True)  # an update that was interrupted leaves gradients behind
-        with _only(self.players, turn.player) as parameters:
+        names: list[str] = []
+        sums, count = self._zero, self._zero.clone()
+        with _only(self.parameters, turn.player) as parameters:
+            _forget(parameters)  # an update that was interrupted leaves gradients behind
             reduction = self._reduction(turn.player, parameters)
             micros = list(batch.split(self.train.accumulate))
             for part, micro in enumerate(micros):
                 # dropout and the like: the same after a resume, different on every rank
-                torch.manual_seed(noise.digest("update", *where, part, self.runtime.rank))
+                self.runtime.seed(noise.digest("update", *where, part, self.runtime.rank))
                 with self.runtime.autocast():
                     loss: Loss = run(self.model, self._losses[index], self.model, micro)
                 reduction.backward(loss.total, last=part == len(micros) - 1)
                 count += self.objective.count(micro)
-                for name, value in {"loss": loss.total, **loss.metrics}.items():
-                    sums[name] = sums.get(name, 0) + value.detach().float()
-            reached = reduction.finish([count, *sums.values()])
+                names = ["loss", *loss.metrics]
+                sums = sums + torch.stack([value.detach().float() for value in (loss.total, *loss.metrics.values())])
+            reached = reduction.finish([count, sums])
             with torch.no_grad():
                 gradients = [local(p.grad) for p in reached if p.grad is not None]
                 torch._foreach_div_(gradients, count)
                 norm = self._norm(gradients)
-                if not bool(torch.isfinite(norm)):
+                if not math.isfinite(norm):
                     raise FloatingPointError(
                         f"step {self.step_number}: the gradient of {turn.player!r} is not finite (loss "
-                        f"{float(sums['loss'] / count):g}); lower optim.lr, or set optim.clip or optim.warmup"
+                        f"{float(sums[0] / count):g}); lower optim.lr, or set optim.clip or optim.warmup"
                     )
                 if settings.clip:
                     torch._foreach_mul_(gradients, (settings.clip / (norm + 1e-6)).clamp(max=1.0))
@@ -285,9 +288,9 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * factor
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            _forget(parameters)
         prefix = f"{turn.name or turn.player}/" if len(self.players) > 1 else ""
-        for name, value in sums.items():
+        for name, value in zip(names, sums.unbind(), strict=True):
             self._record(prefix + name, value, count)
         self._record(f"{prefix}gradient_norm", norm, torch.ones_like(norm))
 
@@ -309,9 +312,8 @@ class Trainer:
         return norm
 
     def _record(self, name: str, total: Tensor, count: Tensor) -> None:
-        zero = torch.zeros((), device=self.runtime.device)
-        self._sums[name] = self._sums.get(name, zero) + total
-        self._counts[name] = self._counts.get(name, zero) + count
+        self._sums[name] = self._sums.get(name, self._zero) + total
+        self._counts[name] = self._counts.get(name, self._zero) + count
 
     def metrics(self) -> Metrics:
         """Means since the last call: nats per example for losses; identical on every rank."""
@@ -333,7 +335,7 @@ class Trainer:
         model, objective = copy.deepcopy((self.model, self.objective))
         devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
         with use(replace(self.runtime, rank=0, world=1)), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(noise.digest(self.seed, "watch", self.step_number))
+            self.runtime.seed(noise.digest(self.seed, "watch", self.step_number))
             seen = objective.watch(model, batch, last)
         values = {name: value.detach().float().to(self.runtime.device) for name, value in seen.items()}
         self.runtime.sum(list(values.values()))  # equal but for last bits on accelerators: reports are identical
@@ -357,7 +359,7 @@ class Trainer:
             first, last = self.runtime.share(rows)
             if last > first:
                 batch = self._fetch(self.valid, start + first, start + last, "valid")
-                torch.manual_seed(noise.digest(self.seed, "valid", start, self.runtime.rank))
+                self.runtime.seed(noise.digest(self.seed, "valid", start, self.runtime.rank))
                 prepared = run(model, self.objective.prepare, model, batch)
                 for part in [prepared] if isinstance(prepared, Batch) else prepared:
                     with self.runtime.autocast():
@@ -480,14 +482,19 @@ def _nth(batch: Batch | Sequence[Batch], update: int, turn: Turn) -> Batch:
     return batch[update]
 
 
+def _forget(parameters: Mapping[str, nn.Parameter]) -> None:
+    for p in parameters.values():
+        p.grad = None
+
+
 @contextmanager
-def _only(players: Mapping[str, nn.Module], active: str) -> Iterator[dict[str, nn.Parameter]]:
+def _only(players: Mapping[str, Mapping[str, nn.Parameter]], active: str) -> Iterator[dict[str, nn.Parameter]]:
     """The active player's parameters ask for gradients, nobody else's do."""
-    idle = [p for name, player in players.items() if name != active for p in player.parameters() if p.requires_grad]
+    idle = [p for name, player in players.items() if name != active for p in player.values() if p.requires_grad]
     for p in idle:
         p.requires_grad_(False)
     try:
-        yield {name: p for name, p in players[active].named_parameters() if p.requires_grad}
+        yield {name: p for name, p in players[active].items() if p.requires_grad}
     finally:
         for p in idle:
             p.requires_grad_(True)

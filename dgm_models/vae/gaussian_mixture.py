@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -13,7 +12,7 @@ from dgm_models.codecs import continuous
 from dgm_models.construct import Positive, PositiveFloat, Range
 from dgm_models.nn.computed import Computed
 from dgm_models.nn.conditioner import check
-from dgm_models.objective import Loss, Objective, Turn
+from dgm_models.nn.maximum_likelihood import MaximumLikelihood
 from dgm_models.protocols import Batch, DataSpec, Model
 from dgm_models.training import runtime
 
@@ -76,17 +75,11 @@ class GaussianMixture(Model):
         return (self.mean[chosen] + moved).to(self.mean.dtype).reshape(n, *self.data.shape)
 
 
-class Nll(Objective):
-    """-log p(x), by its gradient."""
-
-    def turns(self) -> Sequence[Turn]:
-        return (Turn("model", self.loss),)
+class Gradient(MaximumLikelihood):
+    """-log p(x), by its gradient, from the means that `start` gives."""
 
     def initialize(self, model: GaussianMixture, batch: Batch) -> None:
         start(model, batch)
-
-    def loss(self, model: GaussianMixture, batch: Batch) -> Loss:
-        return Loss(-model.log_prob(batch.x).sum())
 
 
 class Em(Computed):
@@ -179,7 +172,7 @@ def gaussian_mixture(
     fit: Literal["em", "gradient"] = "em",
     rate: Annotated[float, Range(0, 1, "low")] = 1.0,
     floor: PositiveFloat = 1e-6,
-) -> tuple[GaussianMixture, Nll | Em]:
+) -> tuple[GaussianMixture, Gradient | Em]:
     """A mixture of Gaussians, by expectation maximisation or by gradient.
 
     Args:
@@ -191,4 +184,4 @@ def gaussian_mixture(
         rate: of em, the weight of a batch against what was learned before; 1 forgets it.
         floor: of em, the least variance in any direction, in model space.
     """
-    return GaussianMixture(data, components, covariance), Em(rate, floor) if fit == "em" else Nll()
+    return GaussianMixture(data, components, covariance), Em(rate, floor) if fit == "em" else Gradient()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,8 +12,8 @@ from dgm_models.codecs import continuous
 from dgm_models.construct import Positive
 from dgm_models.nn.computed import Computed
 from dgm_models.nn.conditioner import check
-from dgm_models.objective import Loss, Objective, Turn
-from dgm_models.protocols import Batch, DataSpec, Model
+from dgm_models.nn.maximum_likelihood import MaximumLikelihood
+from dgm_models.protocols import DataSpec, Model
 from dgm_models.training import runtime
 
 LEAST = 1e-10  # of the noise's variance: data within a plane would give 0
@@ -59,18 +58,20 @@ class Ppca(Model):
         log_p: Tensor = -0.5 * (square + log_det + self.data.dims * math.log(2 * math.pi))
         return log_p
 
-    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def gaussian_posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [B, q] and covariance [q, q] of p(z|x): M^-1 W^T (x - mean) and sigma^2 M^-1; float64."""
         weight, variance, inner = self._inner()
         inverse = torch.linalg.inv(inner)
         return (x.flatten(1).double() - self.mean.double()) @ weight @ inverse, variance * inverse
 
     @torch.no_grad()
-    def encode(self, x: Tensor) -> Tensor:
-        return self.posterior(x)[0].to(self.mean.dtype)
+    def encode(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        check(self.condition, cond)
+        return self.gaussian_posterior(x)[0].to(self.mean.dtype)
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
+        check(self.condition, cond)
         return (z @ self.weight.T + self.mean).reshape(len(z), *self.data.shape)
 
     @torch.no_grad()
@@ -79,16 +80,6 @@ class Ppca(Model):
         z = torch.randn(n, self.factors, generator=rng, device=rng.device, dtype=self.mean.dtype)
         eps = torch.randn(n, *self.data.shape, generator=rng, device=rng.device, dtype=self.mean.dtype)
         return self.decode(z) + (0.5 * self.log_variance).exp() * eps
-
-
-class Nll(Objective):
-    """-log p(x), by its gradient."""
-
-    def turns(self) -> Sequence[Turn]:
-        return (Turn("model", self.loss),)
-
-    def loss(self, model: Ppca, batch: Batch) -> Loss:
-        return Loss(-model.log_prob(batch.x).sum())
 
 
 class ClosedForm(Computed):
@@ -134,7 +125,7 @@ def principal(covariance: Tensor, factors: int) -> tuple[Tensor, Tensor]:
 
 def ppca(
     data: DataSpec, factors: Positive = 1, fit: Literal["closed_form", "gradient"] = "closed_form"
-) -> tuple[Ppca, Nll | ClosedForm]:
+) -> tuple[Ppca, MaximumLikelihood | ClosedForm]:
     """Probabilistic PCA, in closed form or by gradient.
 
     Args:
@@ -142,4 +133,4 @@ def ppca(
         factors: the dimension of z, below that of the data.
         fit: "closed_form" wants `optim: {name: sgd, lr: 1.0}`; "gradient" takes any optimizer.
     """
-    return Ppca(data, factors), ClosedForm(data.dims) if fit == "closed_form" else Nll()
+    return Ppca(data, factors), ClosedForm(data.dims) if fit == "closed_form" else MaximumLikelihood()

@@ -15,7 +15,7 @@ from dgm_models.protocols import DataSpec
 from dgm_models.training.optim import Optim, Optims
 from dgm_models.training.source import ArraySource
 from dgm_models.training.trainer import Train, Trainer
-from dgm_models.vae.gaussian_mixture import Covariance, Em, GaussianMixture, Nll, seeds
+from dgm_models.vae.gaussian_mixture import Covariance, Em, GaussianMixture, Gradient, seeds
 
 DATA = DataSpec("vector", (2,))
 COVARIANCES: tuple[Covariance, ...] = ("full", "diagonal")
@@ -287,6 +287,6 @@ def test_gradient_reaches_the_likelihood_of_em(covariance: Covariance) -> None:
     model = GaussianMixture(DATA, 3, covariance).double()
     optim = Optims(Optim(lr=0.1, schedule="cosine"))
     settings = Train(steps=150, batch_size=len(x), report_every=150)
-    Trainer(model, Nll(), ArraySource(x, DATA), settings, optim, 0).run()
+    Trainer(model, Gradient(), ArraySource(x, DATA), settings, optim, 0).run()
     one, two = (log_likelihood(x.numpy(), *parts(m)) for m in (em.model, model))
     assert two == pytest.approx(one, abs=1e-3)  # 150 steps of Adam, a rate that falls to 0

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from dgm_models.method import build, fit
 from dgm_models.nn.latent import LatentVariable
+from dgm_models.nn.maximum_likelihood import MaximumLikelihood
 from dgm_models.protocols import DataSpec
 from dgm_models.training.optim import Optim, Optims
 from dgm_models.training.source import ArraySource
 from dgm_models.training.trainer import Train, Trainer
-from dgm_models.vae.ppca import ClosedForm, Nll, Ppca
+from dgm_models.vae.ppca import ClosedForm, Ppca
 from tests.support.linear import DATA, DIMS, EIGENVALUES, LATENT, Linear, N, closed_form, rows, true_posterior
 
 
@@ -66,7 +67,7 @@ def test_ppca_posterior_is_that_of_the_joint_normal() -> None:
     model, x = random(), rows()[:7].double()
     weight, joint = model.weight.detach(), covariance(model)
     gain = weight.T @ torch.linalg.inv(joint)
-    mean, spread = model.posterior(x)
+    mean, spread = model.gaussian_posterior(x)
     assert torch.allclose(mean, (x - model.mean) @ gain.T, rtol=1e-9)
     assert torch.allclose(spread, torch.eye(LATENT, dtype=torch.float64) - gain @ weight, rtol=1e-9, atol=1e-12)
     assert torch.equal(model.encode(x), mean.detach())
@@ -136,7 +137,7 @@ def test_gradient_reaches_the_closed_form() -> None:
     torch.manual_seed(0)
     model = Ppca(DATA, LATENT).double()
     settings, optim = Train(steps=120, batch_size=N, report_every=120), Optims(Optim(lr=0.1, schedule="cosine"))
-    Trainer(model, Nll(), ArraySource(rows().double(), DATA), settings, optim, 0).run()
+    Trainer(model, MaximumLikelihood(), ArraySource(rows().double(), DATA), settings, optim, 0).run()
     found = float(model.log_prob(rows().double()).detach().mean())
     assert found <= closed_form() + 1e-6  # rows() are float32
     assert found == pytest.approx(closed_form(), abs=1e-4)  # no noise, a rate that falls to 0
@@ -151,7 +152,7 @@ def test_linear_vae_with_the_weights_of_ppca_has_its_likelihood_and_posterior() 
         vae.decoder.mean.bias.copy_(ppca.mean)
         vae.decoder.log_variance.copy_(ppca.log_variance)
         mean, spread = true_posterior(vae, x)
-        assert torch.allclose(mean, ppca.posterior(x)[0], rtol=1e-9)
+        assert torch.allclose(mean, ppca.gaussian_posterior(x)[0], rtol=1e-9)
         # at the optimum the columns of W are orthogonal: a diagonal posterior can be the true one
         assert float(spread[0, 1].abs()) < 1e-9
         found = vae.prior_estimate(x, torch.Generator().manual_seed(0), 40_000)
