@@ -81,10 +81,14 @@ class Dequantized:
         _levels(self.data, "Dequantized")
 
     def encode(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det = self.place(self._noisy(x, key))
+        return _inside(y, x, self._cell), log_det
+
+    def place(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """v = x + u [B, *event] -> (y, log|det dy/dv| [B] in nats), differentiable."""
         levels = _levels(self.data, "Dequantized")
         log_det = self.data.dims * math.log(2.0 / levels)
-        y = self._noisy(x, key).mul_(2.0 / levels).sub_(1.0)
-        return _inside(y, x, self._cell), torch.full((len(x),), log_det, device=x.device)
+        return (v * (2.0 / levels)).sub_(1.0), torch.full((len(v),), log_det, device=v.device)
 
     def _noisy(self, x: Tensor, key: Tensor) -> Tensor:
         """x + u as float64."""
@@ -112,11 +116,16 @@ class Logit:
             raise ValueError(f"alpha: {self.alpha!r} is not between 0 and 0.5")
 
     def encode(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det = self.place(Dequantized(self.data)._noisy(x, key))
+        return _inside(y, x, self._cell), log_det.float()
+
+    def place(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """v = x + u [B, *event] -> (y, log|det dy/dv| [B] in nats), differentiable."""
         levels = _levels(self.data, "Logit")
-        p = self.alpha + (1 - 2 * self.alpha) * Dequantized(self.data)._noisy(x, key) / levels
-        # dy/dx = (1 - 2 alpha) / levels / (p (1 - p)), of the squeezed p, not of x
+        p = self.alpha + (1 - 2 * self.alpha) * v / levels
+        # dy/dv = (1 - 2 alpha) / levels / (p (1 - p)), of the squeezed p, not of v
         slope = math.log((1 - 2 * self.alpha) / levels) - p.log() - (-p).log1p()
-        return _inside(p.logit(), x, self._cell), slope.flatten(1).sum(1).float()
+        return p.logit(), slope.flatten(1).sum(1)
 
     def decode(self, y: Tensor) -> Tensor:
         levels = _levels(self.data, "Logit")
@@ -135,12 +144,26 @@ class Standardized:
     exact: bool = True
 
     def encode(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        log_det = -self.data.dims * math.log(self.data.scale)
-        y = (x - self.data.location) / self.data.scale
-        return y, torch.full((len(x),), log_det, device=x.device)
+        location, scale = self._map(x)
+        return (x - location) / scale, torch.full((len(x),), self._log_det, device=x.device)
 
     def decode(self, y: Tensor) -> Tensor:
-        return y * self.data.scale + self.data.location
+        location, scale = self._map(y)
+        return y * scale + location
+
+    def _map(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        location, scale = self.data.location, self.data.scale
+        return (
+            location if isinstance(location, float | int) else like.new_tensor(location),
+            scale if isinstance(scale, float | int) else like.new_tensor(scale),
+        )
+
+    @property
+    def _log_det(self) -> float:
+        scale = self.data.scale
+        if isinstance(scale, tuple):
+            return -math.fsum(map(math.log, scale))
+        return -self.data.dims * math.log(scale)
 
 
 def continuous(data: DataSpec) -> Codec:

@@ -13,7 +13,7 @@ from dgm_models.protocols import Bound, Density
 from dgm_models.sampling import conditions
 
 CHUNK = 256  # rows at a time: floats differ between batch sizes
-Kind = Literal["exact", "bound"]
+Kind = Literal["exact", "bound", "estimate"]
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def log_prob(
         importance: draws of the importance-weighted bound, for a model with a bound: 1 is the ELBO.
         seed: of dequantisation and of the draws.
         device: where the model runs.
-    Returns: ([N] float64 nats of stored data, "exact" or "bound").
+    Returns: ([N] float64 nats of stored data, "exact", "bound" or "estimate").
     Raises: ValueError when the model has neither, or x does not fit it.
     """
     if tuple(x.shape[1:]) != method.data.shape:
@@ -52,4 +52,6 @@ def log_prob(
             rng = torch.Generator(device).manual_seed(noise.digest("likelihood", seed, start))
             nats = model.elbo(y, rng, asked, importance)
         found.append((nats + log_det).double().cpu())
+    if isinstance(model, Density) and model.estimated:
+        return torch.cat(found), "estimate"
     return torch.cat(found), "exact" if isinstance(model, Density) and model.codec.exact else "bound"

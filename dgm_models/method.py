@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -156,6 +157,25 @@ def compose(prior: Method, decoder: Method) -> Method:
     """
     model = Composite(prior.model, decoder.model).eval()
     return replace(prior, data=decoder.data, model=model, decoder=decoder)
+
+
+def resampled(method: Method, settings: Mapping[str, Any]) -> Method:
+    """The method with other settings of its sampler and the same weights, in a model of its own.
+
+    Args:
+        method: left as it is.
+        settings: fields of `model.sampling`, such as {"temperature": 0.7}; the others keep their values.
+    Raises: ConfigError when the sampler has no settings, or naming the setting, the value and what is allowed.
+    """
+    current = method.model.sampling
+    if current is None:
+        raise ConfigError(f"sampling: the sampler of {method.name} has no settings")
+    found = construct(type(current), {**plain(current), **settings}, "sampling")
+    model = copy.deepcopy(method.model)
+    model.sampling = found
+    if isinstance(model, Composite):
+        model.prior.sampling = found
+    return replace(method, model=model)
 
 
 def fingerprint(method: Method) -> str:

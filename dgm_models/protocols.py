@@ -32,18 +32,22 @@ class DataSpec:
         shape: the event's shape.
         levels: stored values are the integers 0..levels-1; None for real numbers.
         classes: number of class labels, 0 without labels.
-        location, scale: for real data, the affine map (x - location) / scale that the codec applies.
+        location, scale: for real data, the affine map (x - location) / scale that the codec applies: one number each,
+            or one for every value of a vector.
     """
 
     kind: Kind
     shape: tuple[int, ...]
     levels: int | None = None
     classes: int = 0
-    location: float = 0.0
-    scale: float = 1.0
+    location: float | tuple[float, ...] = 0.0
+    scale: float | tuple[float, ...] = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
+        for name in ("location", "scale"):
+            if isinstance(getattr(self, name), list | tuple):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.kind not in KINDS:
             raise ValueError(f"data.kind: {self.kind!r} is none of {', '.join(KINDS)}")
         if not self.shape or any(not isinstance(n, int) or n < 1 for n in self.shape):
@@ -54,7 +58,10 @@ class DataSpec:
             raise ValueError(f"data.levels: {self.levels!r} is below 2 (None means real numbers)")
         if self.classes < 0:
             raise ValueError(f"data.classes: {self.classes!r} is negative")
-        if not self.scale > 0:
+        for name, numbers in (("location", self.location), ("scale", self.scale)):
+            if isinstance(numbers, tuple) and self.shape != (len(numbers),):
+                raise ValueError(f"data.{name}: {len(numbers)} numbers for values of shape {self.shape!r}")
+        if not all(number > 0 for number in (self.scale if isinstance(self.scale, tuple) else (self.scale,))):
             raise ValueError(f"data.scale: {self.scale!r} is not above 0")
 
     @property
@@ -143,6 +150,7 @@ class Model(nn.Module):
         condition: what `cond` is, None for a model without one.
         sampling: the settings of its sampler, a dataclass; None for a model that has none.
         evaluations: how often the network was evaluated for every sample of the last call of `sample`.
+        estimated: `log_prob` is an estimate, neither the density nor a bound of it.
     """
 
     data: DataSpec
@@ -150,6 +158,7 @@ class Model(nn.Module):
     condition: Condition | None
     sampling: Any
     evaluations: int
+    estimated: bool
 
     def __init__(self, data: DataSpec, codec: Codec) -> None:
         super().__init__()
@@ -158,6 +167,7 @@ class Model(nn.Module):
         self.condition = None
         self.sampling = None
         self.evaluations = 1
+        self.estimated = False
 
     def given(self, batch: Batch) -> Tensor | None:
         """The batch's conditions; labels that the model was not built for are passed over."""

@@ -42,7 +42,12 @@ class Row:
         return f"dgm_models/{self.name}.py"
 
 
+_PIXELS = ("image:discrete", "codes:discrete")
+_LEVELS = ("image:discrete", "vector:discrete", "codes:discrete")
+_DRAWN = ("samples", "density", "completes")
 _ANY_IMAGE = ("image:discrete", "vector:discrete", "vector:real")
+_REAL = ("vector:real", "codes:real")
+_FLOW = ("samples", "density", "latents")
 
 ROWS: tuple[Row, ...] = (
     Row("vae/vae", "Kingma and Welling 2014, arXiv:1312.6114", ("samples", "bound", "latents"), _ANY_IMAGE),
@@ -63,14 +68,63 @@ ROWS: tuple[Row, ...] = (
     Row("gan/wgan_gp", "Gulrajani et al. 2017, arXiv:1704.00028", ("samples",), _ANY_IMAGE),
     Row("gan/hinge", "Lim and Ye 2017, arXiv:1705.02894", ("samples",), _ANY_IMAGE),
     Row("gan/semi_supervised", "Salimans et al. 2016, arXiv:1606.03498", ("samples", "features"), _ANY_IMAGE),
+    Row("autoregressive/made", "Germain et al. 2015, arXiv:1502.03509", _DRAWN, _LEVELS),
+    Row("autoregressive/histogram", "counts", _DRAWN, _LEVELS),
+    Row("autoregressive/fvsbn", "Frey, Hinton, Dayan 1996; Gan et al. 2015", _DRAWN, _LEVELS),
     Row(
-        "autoregressive/made",
-        "Germain et al. 2015, arXiv:1502.03509",
-        ("samples", "density"),
-        ("image:discrete", "vector:discrete", "codes:discrete"),
+        "autoregressive/nade",
+        "Larochelle and Murray 2011; Uria et al. 2016, arXiv:1605.02226",
+        _DRAWN,
+        _LEVELS,
+    ),
+    Row(
+        "autoregressive/mixture_of_gaussians",
+        "Uria, Murray, Larochelle 2013, arXiv:1306.0186",
+        _DRAWN,
+        _REAL,
+    ),
+    Row("autoregressive/pixel_rnn", "van den Oord et al. 2016, arXiv:1601.06759", _DRAWN, _PIXELS),
+    Row("autoregressive/pixel_cnn", "van den Oord et al. 2016, arXiv:1601.06759", _DRAWN, _PIXELS),
+    Row("autoregressive/gated_pixel_cnn", "van den Oord et al. 2016, arXiv:1606.05328", _DRAWN, _PIXELS),
+    Row("autoregressive/pixel_cnn_pp", "Salimans et al. 2017, arXiv:1701.05517", _DRAWN, _PIXELS),
+    Row(
+        "autoregressive/rnn",
+        "Graves 2013, arXiv:1308.0850",
+        ("samples", "density", "completes"),
+        ("tokens:discrete", "image:discrete", "vector:discrete", "codes:discrete", "audio:discrete"),
+    ),
+    Row(
+        "autoregressive/wavenet",
+        "van den Oord et al. 2016, arXiv:1609.03499",
+        ("samples", "density", "completes"),
+        ("audio:discrete", "tokens:discrete", "vector:discrete"),
+    ),
+    Row(
+        "autoregressive/image_transformer",
+        "Parmar et al. 2018, arXiv:1802.05751",
+        ("samples", "density", "completes"),
+        ("image:discrete", "codes:discrete", "tokens:discrete"),
     ),
     Row("vae/vq_vae", "van den Oord et al. 2017, arXiv:1711.00937", ("samples", "bound", "codes"), _ANY_IMAGE),
     Row("vae/vq_vae_2", "Razavi et al. 2019, arXiv:1906.00446", ("samples", "bound", "codes"), ("image:discrete",)),
+    Row(
+        "flows/nice",
+        "Dinh et al. 2015, arXiv:1410.8516",
+        _FLOW,
+        ("image:discrete", "vector:discrete", "vector:real", "codes:real"),
+    ),
+    Row("flows/maf", "Papamakarios et al. 2017, arXiv:1705.07057", _FLOW, _REAL),
+    Row("flows/iaf", "Kingma et al. 2016, arXiv:1606.04934", _FLOW, _REAL),
+    Row("flows/neural_spline", "Durkan et al. 2019, arXiv:1906.04032", _FLOW, _REAL),
+    Row("flows/real_nvp", "Dinh et al. 2017, arXiv:1605.08803", _FLOW, (*_ANY_IMAGE, "codes:real")),
+    Row("flows/glow", "Kingma and Dhariwal 2018, arXiv:1807.03039", _FLOW, ("image:discrete", "vector:real")),
+    Row(
+        "flows/i_resnet",
+        "Behrmann et al. 2019, arXiv:1811.00995; Chen et al. 2019, arXiv:1906.02735",
+        _FLOW,
+        ("image:discrete", "vector:real"),
+    ),
+    Row("flows/mint_net", "Song, Meng, Ermon 2019, arXiv:1907.07945", _FLOW, ("image:discrete", "vector:real")),
 )
 
 # what the pipeline trains but no leaderboard ranks

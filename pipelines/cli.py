@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dgm_models.method import Method
     from pipelines.params import Params
 
 app = typer.Typer(
@@ -26,6 +30,14 @@ app = typer.Typer(
 STAGES, USE, CLUSTER = "Stages", "Use", "Clusters"
 StoreOnly = Annotated[bool, typer.Option("--store-only", hidden=True, help="Leave the result in the run store: a job.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+Target = Annotated[str, typer.Argument(help="A run, an artifact's folder, or models:/digits@champion.")]
+Rows = Annotated[
+    str,
+    typer.Argument(help="A .npy, .csv, .parquet or image file, a folder of images, or a split such as digits/test."),
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting of the sampler, such as temperature=0.7; repeatable.")
+]
 
 
 def _params() -> Params:
@@ -68,7 +80,7 @@ def models(as_json: Json = False) -> None:
          "paper": row.paper}
         for row in ROWS
     ]  # fmt: skip
-    lines = [f"{row['name']:<24} {', '.join(row['capabilities']):<26} {row['paper']}" for row in rows]
+    lines = [f"{row['name']:<36} {', '.join(row['capabilities']):<28} {row['paper']}" for row in rows]
     _say(rows, as_json, "\n".join(lines))
 
 
@@ -88,54 +100,114 @@ def leaderboard(
 
 @app.command(rich_help_panel=USE)
 def sample(
-    target: Annotated[str, typer.Argument(help="A run, an artifact's folder, or models:/digits@champion.")],
+    target: Target,
     n: Annotated[int, typer.Option(min=1, help="How many samples.")] = 64,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A .png grid or a .npy array.")] = None,
     label: Annotated[int | None, typer.Option(help="Of a model asked by label: this one; every one in turn.")] = None,
-    like: Annotated[Path | None, typer.Option(help="Of a model asked by image: a .npy of examples as stored.")] = None,
+    like: Annotated[
+        str | None, typer.Option(help="Of a model asked by image: examples, as `likelihood` reads.")
+    ] = None,
+    set_: Set = None,
     stage: Annotated[bool, typer.Option(help="As the pipeline does: n and seed of the evaluation, parquet.")] = False,
 ) -> None:
     """Draw samples from a trained model."""
-    import tempfile
-
-    from pipelines import files, paths, pictures
+    from pipelines import paths, pictures
     from pipelines.stages import sample as stage_module
 
     if stage:
+        if set_:
+            raise ValueError("--set: the pipeline draws with the method's own settings; give --out in place of --stage")
         params = _params()
         _key("runs", target, params.keys)
         stage_module.sample_stage(target, paths.samples(target), params)
         return
-    if out is None or out.suffix not in (".png", ".npy"):
-        raise ValueError(f"--out: {out} is neither a .png nor a .npy file")
-    import io
-
-    import numpy as np
-
+    _picture_or_array(out)
     import dgm_models
     from dgm_models.sampling import labelled
 
-    with tempfile.TemporaryDirectory(prefix="dgm-") as folder:
-        method = dgm_models.load(stage_module.locate(target, Path(folder)))
+    method = _method(target, set_)
     if like:
         x = stage_module.sample_like(method, like, seed)
     else:
         x = dgm_models.sample(method, n, seed, cond=labelled(method, n, label))
+    _write_samples(out, x, lambda: pictures.grid(x, method.data))
+    evaluations = method.model.evaluations
+    typer.echo(f"{out}: {len(x)} samples of {method.name}, seed {seed}, network evaluations for each: {evaluations}")
+
+
+@app.command(rich_help_panel=USE)
+def complete(
+    target: Target,
+    rows: Rows,
+    known: Annotated[str, typer.Option(help="What is known: top:0.5, left:0.5, or a .npy mask of true and false.")],
+    out: Annotated[Path, typer.Option(help="A .png of original, known part and draws, or a .npy [N, draws, ...].")],
+    n: Annotated[int, typer.Option(min=1, help="The first so many rows.")] = 8,
+    draws: Annotated[int, typer.Option(min=1, help="Completions of every row.")] = 4,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    label: Annotated[int | None, typer.Option(help="Of a model asked by label: this one; the rows' own.")] = None,
+    set_: Set = None,
+) -> None:
+    """Draw what is missing of examples from a model that can complete them; the known part stays as it is."""
+    from dgm_models.sampling import labelled
+    from pipelines.stages import rows as reading
+    from pipelines.stages import sample as stage_module
+
+    _picture_or_array(out)
+    method = _method(target, set_)
+    x, labels = reading.read(rows, method)
+    x, labels = x[:n], None if labels is None else labels[:n]
+    if label is not None:
+        labels = labelled(method, len(x), label)
+    mask = stage_module.known_part(known, method.data)
+    drawn, mask = stage_module.completed(method, x, labels, mask[:n] if mask.ndim == x.ndim else mask, draws, seed)
+    _write_samples(out, drawn, lambda: stage_module.completions(x, mask, drawn, method.data))
+    typer.echo(
+        f"{out}: {len(x)} rows, {draws} completions each by {method.name}, seed {seed}, "
+        f"network evaluations for each: {method.model.evaluations}"
+    )
+
+
+def _method(target: str, pairs: list[str] | None) -> Method:
+    """The trained method, with the settings of its sampler that were given."""
+    import tempfile
+
+    import dgm_models
+    from pipelines.stages.sample import locate, settings
+
+    changed = settings(pairs or [])
+    with tempfile.TemporaryDirectory(prefix="dgm-") as folder:
+        method = dgm_models.load(locate(target, Path(folder)))
+    return dgm_models.resampled(method, changed) if changed else method
+
+
+def _picture_or_array(out: Path | None) -> None:
+    """Raises: ValueError, before anything is loaded."""
+    if out is None or out.suffix not in (".png", ".npy"):
+        raise ValueError(f"--out: {out} is neither a .png nor a .npy file")
+
+
+def _write_samples(out: Path | None, x: Tensor, picture: Callable[[], bytes]) -> None:
+    import io
+
+    import numpy as np
+
+    from pipelines import files
+
+    assert out is not None
     if out.suffix == ".png":
-        content = pictures.grid(x, method.data)
+        content = picture()
     else:
         stream = io.BytesIO()
         np.save(stream, x.numpy())
         content = stream.getvalue()
     files.write_bytes(out, content)
-    typer.echo(f"{out}: {len(x)} samples of {method.name}, seed {seed}")
 
 
 @app.command(rich_help_panel=USE)
 def likelihood(
-    target: Annotated[str, typer.Argument(help="A run, an artifact's folder, or models:/digits@champion.")],
-    rows: Annotated[str, typer.Argument(help="A .npy of examples as stored, or a split such as digits/test.")],
+    target: Target,
+    rows: Rows,
     importance: Annotated[int, typer.Option(min=1, help="Draws of the bound, for models that have one.")] = 32,
     seed: Annotated[int, typer.Option(help="Of dequantisation and draws.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A .csv of every row's log-likelihood and rank.")] = None,

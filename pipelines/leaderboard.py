@@ -169,7 +169,20 @@ def number(entry: Mapping[str, Any]) -> tuple[str, str]:
 
 
 COLUMNS = {"fid": "FID", "kid": "KID", "precision": "precision", "recall": "recall", "bits_per_dim": "bits/dim",
-           "nll": "nll", "copies": "copies"}  # fmt: skip
+           "nll": "nll", "copies": "copies", "evaluations_per_sample": "evaluations"}  # fmt: skip
+
+
+def shown(rows: Iterable[Row], bases: Iterable[str]) -> list[str]:
+    """Those of the metrics that some row has; evaluations of the network only where some row needs several."""
+    rows = list(rows)
+    found = {base: [entry for row in rows if (entry := metric(row, base))] for base in bases}
+    several = any(entry["value"] > 1 for entry in found.get("evaluations_per_sample", ()))
+    return [base for base, entries in found.items() if entries and (several or base != "evaluations_per_sample")]
+
+
+def kind(base: str, entry: Mapping[str, Any]) -> str | None:
+    """What kind of number it is where that is worth saying: an estimate is what all are, and a count is a count."""
+    return None if entry["kind"] == "estimate" or base == "evaluations_per_sample" else str(entry["kind"])
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -181,14 +194,14 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def _block(dataset: str, rows: list[Row]) -> str:
-    shown = [base for base in COLUMNS if any(metric(row, base) for row in rows)]
-    lines = [["", "run", "method", *(COLUMNS[base] for base in shown)]]
+    bases = shown(rows, COLUMNS)
+    lines = [["", "run", "method", *(COLUMNS[base] for base in bases)]]
     for row in rows:
-        cells = [_cell(base, metric(row, base)) for base in shown]
+        cells = [_cell(base, metric(row, base)) for base in bases]
         lines.append(["*" if row["champion"] else "", row["run"], row["method"] or "-", *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([dataset, *text, f"95% intervals; {_what(rows, shown)}"])
+    return "\n".join([dataset, *text, f"95% intervals; {_what(rows, bases)}"])
 
 
 def _cell(base: str, entry: Mapping[str, Any] | None) -> str:
@@ -197,14 +210,13 @@ def _cell(base: str, entry: Mapping[str, Any] | None) -> str:
     value, interval = number(entry)
     if base == "fid":
         return f"{value} {interval}".rstrip()
-    kind = f" {entry['kind']}" if entry["kind"] != "estimate" else ""
-    return value + (" flagged" if entry.get("flag") else kind)
+    return " ".join([value, *filter(None, ["flagged" if entry.get("flag") else kind(base, entry)])])
 
 
-def _what(rows: list[Row], shown: Iterable[str]) -> str:
+def _what(rows: list[Row], bases: Iterable[str]) -> str:
     """n, split and extractor of every column, once where they agree."""
     told: dict[str, list[str]] = {}
-    for base in shown:
+    for base in bases:
         entries = [entry for row in rows if (entry := metric(row, base))]
         which = {
             f"n = {entry['n']} of {entry['split']}"
@@ -212,4 +224,4 @@ def _what(rows: list[Row], shown: Iterable[str]) -> str:
             for entry in entries
         }
         told.setdefault(" and ".join(sorted(which)), []).append(COLUMNS[base])
-    return "; ".join(f"{', '.join(bases)}: {which}" for which, bases in told.items())
+    return "; ".join(f"{', '.join(labels)}: {which}" for which, labels in told.items())

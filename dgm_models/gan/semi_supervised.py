@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgm_models.codecs import continuous
 from dgm_models.construct import NonNegativeFloat, Positive, Range
-from dgm_models.nn.adversarial import Generator, Tricks
+from dgm_models.nn.adversarial import Adversarial, Generator, Tricks
 from dgm_models.nn.game import between_means
 from dgm_models.nn.networks import Mlp, Network
 from dgm_models.nn.tricks import MinibatchDiscrimination, MinibatchStd
@@ -19,7 +18,7 @@ from dgm_models.noise import fold, uniform
 from dgm_models.objective import Loss, Objective, Turn
 from dgm_models.ops.games import Watch
 from dgm_models.ops.games import watch as watch_game
-from dgm_models.protocols import Batch, DataSpec, Model
+from dgm_models.protocols import Batch, DataSpec
 
 
 def chosen(ids: Tensor, share: float) -> Tensor:
@@ -53,27 +52,14 @@ class Classifier(nn.Module):
         return logits
 
 
-class SemiSupervisedModel(Model):
-    """x = generator(z), z ~ N(0, I); critic: x -> K logits, whose softmax is p(class | x) for data."""
+class SemiSupervisedModel(Adversarial):
+    """An adversarial pair whose critic gives K logits for x; their softmax is p(class | x) for data."""
+
+    critic: Classifier
 
     def __init__(self, data: DataSpec, network: Network, latent_dim: int, feature_dim: int) -> None:
-        super().__init__(data, continuous(data))
-        self.latent_dim = latent_dim
-        self.generator = Generator(data, network, latent_dim, None, Tricks())
-        self.critic = Classifier(data, network, feature_dim)
-
-    def players(self) -> dict[str, nn.Module]:
-        return {"critic": self.critic, "generator": self.generator}
-
-    def generate(self, batch: Batch) -> Tensor:
-        """As many samples as the batch has rows [B, *event], by the rows' keys, with gradient."""
-        fake: Tensor = self.generator(batch.normal("latent", (self.latent_dim,)))
-        return fake
-
-    @torch.no_grad()
-    def sample(self, n: int, rng: torch.Generator, cond: Tensor | None = None) -> Tensor:
-        fake: Tensor = self.generator(torch.randn(n, self.latent_dim, generator=rng, device=rng.device), cond)
-        return fake
+        generator = Generator(data, network, latent_dim, None, Tricks())
+        super().__init__(data, latent_dim, generator, Classifier(data, network, feature_dim))
 
     @torch.no_grad()
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:

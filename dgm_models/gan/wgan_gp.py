@@ -29,7 +29,7 @@ class WganGp(Wasserstein):
         self.double_backward = True
 
     def penalty(self, model: GeneratorCritic, batch: Batch, fake: Tensor) -> Loss:
-        cond = model.asked(batch)
+        cond = model.given(batch)
         mix = batch.uniform("interpolate", (1,) * len(batch.x.shape[1:]))
         between = mix * batch.x + (1 - mix) * fake
         slopes = torch.linalg.vector_norm(gradient(lambda x: model.critic(x, cond), between), dim=1)

@@ -164,8 +164,42 @@ class Critic(nn.Module):
         self.body.fill(self._joined(x, cond))
 
 
-class GeneratorCritic(Model):
-    """x = generator(z, cond), z ~ N(0, I); critic: x, cond -> a number (a logit or a Wasserstein potential).
+class Adversarial(Model):
+    """x = generator(z, cond), z ~ N(0, I), and a critic that sees x.
+
+    Args:
+        data: what is modelled.
+        latent_dim: the dimension of z.
+        generator: z [B, latent_dim], cond -> x [B, *event] in model space.
+        critic: whatever the objective needs of it.
+        cond: what a sample is asked for, None for nothing.
+    """
+
+    def __init__(
+        self, data: DataSpec, latent_dim: int, generator: nn.Module, critic: nn.Module, cond: Condition | None = None
+    ) -> None:
+        super().__init__(data, continuous(data))
+        self.condition = cond
+        self.latent_dim = latent_dim
+        self.generator = generator
+        self.critic = critic
+
+    def players(self) -> dict[str, nn.Module]:
+        return {"critic": self.critic, "generator": self.generator}
+
+    def generate(self, batch: Batch) -> Tensor:
+        """As many samples as the batch has rows [B, *event], by the rows' keys and conditions, with gradient."""
+        fake: Tensor = self.generator(batch.normal("latent", (self.latent_dim,)), self.given(batch))
+        return fake
+
+    @torch.no_grad()
+    def sample(self, n: int, rng: torch.Generator, cond: Tensor | None = None) -> Tensor:
+        fake: Tensor = self.generator(torch.randn(n, self.latent_dim, generator=rng, device=rng.device), cond)
+        return fake
+
+
+class GeneratorCritic(Adversarial):
+    """An adversarial pair whose critic gives a number for x and cond: a logit or a Wasserstein potential.
 
     Args:
         data: what is modelled.
@@ -175,6 +209,9 @@ class GeneratorCritic(Model):
         projection: the critic reads the condition by an inner product with its features, not joined to x.
         tricks: those that change the networks.
     """
+
+    generator: Generator
+    critic: Critic
 
     def __init__(
         self,
@@ -187,30 +224,10 @@ class GeneratorCritic(Model):
     ) -> None:
         if projection and cond is None:
             raise ValueError("projection: needs a condition; set cond, such as {name: label}")
-        super().__init__(data, continuous(data))
-        self.condition = cond
-        self.latent_dim = latent_dim
-        self.generator = Generator(data, network, latent_dim, cond, tricks)
-        self.critic = Critic(data, network, cond, projection, tricks)
-
-    def players(self) -> dict[str, nn.Module]:
-        return {"critic": self.critic, "generator": self.generator}
-
-    def asked(self, batch: Batch) -> Tensor | None:
-        """The batch's conditions; None without a condition, although the batch may have labels."""
-        return batch.cond if self.condition else None
-
-    def generate(self, batch: Batch) -> Tensor:
-        """As many samples as the batch has rows [B, *event], by the rows' keys and conditions, with gradient."""
-        fake: Tensor = self.generator(batch.normal("latent", (self.latent_dim,)), self.asked(batch))
-        return fake
+        generator = Generator(data, network, latent_dim, cond, tricks)
+        super().__init__(data, latent_dim, generator, Critic(data, network, cond, projection, tricks), cond)
 
     def refer(self, batch: Batch) -> None:
         """Gives virtual batch normalisation its reference batches: latents, and data."""
-        self.generator.refer(batch.normal("latent", (self.latent_dim,)), self.asked(batch))
-        self.critic.refer(batch.x, self.asked(batch))
-
-    @torch.no_grad()
-    def sample(self, n: int, rng: torch.Generator, cond: Tensor | None = None) -> Tensor:
-        fake: Tensor = self.generator(torch.randn(n, self.latent_dim, generator=rng, device=rng.device), cond)
-        return fake
+        self.generator.refer(batch.normal("latent", (self.latent_dim,)), self.given(batch))
+        self.critic.refer(batch.x, self.given(batch))

@@ -51,11 +51,14 @@ class Composite(Model):
             raise ValueError(f"the prior models {prior.data}, the decoder's codes are {decoder.code_spec}")
         self.prior, self.decoder = prior, decoder
         self.condition = prior.condition
+        self.sampling = prior.sampling
 
     @torch.no_grad()
     def sample(self, n: int, rng: torch.Generator, cond: Tensor | None = None) -> Tensor:
         assert isinstance(self.prior, Samples) and isinstance(self.decoder, Codes)
-        return self.decoder.decode_codes(self.prior.sample(n, rng, cond), rng)
+        x = self.decoder.decode_codes(self.prior.sample(n, rng, cond), rng)
+        self.evaluations = self.prior.evaluations + 1
+        return x
 
     def elbo(self, x: Tensor, rng: torch.Generator, cond: Tensor | None = None, k: int = 1) -> Tensor:
         """[B] nats of the original data; see `code_bound`."""

@@ -101,7 +101,7 @@ class Game(Objective):
 
     def critic_turn(self, model: GeneratorCritic, batch: Batch) -> Loss:
         self.constrain(model)
-        cond = model.asked(batch)
+        cond = model.given(batch)
         with torch.no_grad():
             sample = model.generate(batch)
         real, fake = model.critic(batch.x, cond), model.critic(sample, cond)
@@ -122,13 +122,13 @@ class Game(Objective):
     def r1_turn(self, model: GeneratorCritic, batch: Batch) -> Loss:
         """r1_every times r1 / 2 |grad D(x)|^2: what would be added to every step's loss, once in r1_every steps."""
         self.constrain(model)
-        cond = model.asked(batch)
+        cond = model.given(batch)
         square = gradient(lambda x: model.critic(x, cond), batch.x).square().sum(1)
         return Loss(self.tricks.r1_every * self.tricks.r1 / 2 * square.sum(), {"r1": square.sum()})
 
     def generator_turn(self, model: GeneratorCritic, batch: Batch) -> Loss:
         self.constrain(model)
-        cond = model.asked(batch)
+        cond = model.given(batch)
         features = model.critic.features(model.generate(batch), cond)
         total = self._inertia(model, "generator", batch)
         metrics: dict[str, Tensor] = {}

@@ -1,12 +1,34 @@
-"""Linear layers whose connections follow degrees: the autoregressive masks of MADE."""
+"""Autoregressive models by masks: one network gives all conditionals, its connections follow degrees."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dgm_models.codecs import Codec
+from dgm_models.conditions import Condition
+from dgm_models.nn.autoregression import Autoregressive
+from dgm_models.nn.conditioner import check
+from dgm_models.nn.maximum_likelihood import MaximumLikelihood
+from dgm_models.nn.values import Entry, label_conditioner
+from dgm_models.objective import Loss
+from dgm_models.ops.likelihoods import Likelihood
+from dgm_models.protocols import Batch, DataSpec
+
+
+class Degrees(NamedTuple):
+    """A mask set: order [D], the place of each dimension, and hidden [depth, width], the units' degrees; int64."""
+
+    order: Tensor
+    hidden: Tensor
 
 
 class MaskedLinear(nn.Linear):
@@ -19,13 +41,35 @@ class MaskedLinear(nn.Linear):
         super().__init__(in_dim, out_dim, bias)
         self.strict = strict
 
-    def forward(self, x: Tensor, degrees_in: Tensor, degrees_out: Tensor) -> Tensor:  # type: ignore[override]
+    def kept(self, degrees_in: Tensor, degrees_out: Tensor) -> Tensor:
+        """The weight [out, in], 0 where the degrees admit no connection."""
         above = degrees_out[:, None] > degrees_in if self.strict else degrees_out[:, None] >= degrees_in
-        return F.linear(x, self.weight * above, self.bias)
+        return self.weight * above
+
+    def forward(self, x: Tensor, degrees_in: Tensor, degrees_out: Tensor) -> Tensor:  # type: ignore[override]
+        return F.linear(x, self.kept(degrees_in, degrees_out), self.bias)
+
+
+@dataclass
+class Walk:
+    """What is kept while values become known one after another: sums that grow, and weights masked once.
+
+    Attributes:
+        sums: [n, width], the first layer's sums over what is known.
+        skip: [n, D * outputs], what the outputs get past the hidden layers: bias, context, direct connections.
+        first, hidden, last, direct: masked weights.
+    """
+
+    sums: Tensor
+    skip: Tensor
+    first: Tensor
+    hidden: list[Tensor]
+    last: Tensor
+    direct: Tensor | None
 
 
 class MaskedMlp(nn.Module):
-    """logits[b, d, :] depend on the inputs of dimensions that come before d in the order, for each of several masks.
+    """Outputs [b, d, :] depend on the inputs of dimensions that come before d in the order, for each of several masks.
 
     Args:
         dims: number of dimensions D of the event.
@@ -36,6 +80,7 @@ class MaskedMlp(nn.Module):
         random_order: set i has its own random order of the dimensions; otherwise all follow the stored order.
         direct: connections from inputs to outputs as well.
         seed: of degrees and orders.
+        context_dim: of a vector that every output depends on; 0 for none.
     """
 
     order: Tensor
@@ -52,6 +97,7 @@ class MaskedMlp(nn.Module):
         random_order: bool,
         direct: bool,
         seed: int,
+        context_dim: int = 0,
     ) -> None:
         super().__init__()
         self.dims, self.inputs, self.outputs = dims, inputs, outputs
@@ -69,44 +115,229 @@ class MaskedMlp(nn.Module):
         self.layers = nn.ModuleList(MaskedLinear(a, b) for a, b in pairwise(sizes))
         self.last = MaskedLinear(width, dims * outputs, strict=True)
         self.direct = MaskedLinear(dims * inputs, dims * outputs, strict=True, bias=False) if direct else None
+        # the first dimension's outputs see no hidden unit: the context needs a way past them
+        self.context = nn.Linear(context_dim, width, bias=False) if context_dim else None
+        self.context_last = nn.Linear(context_dim, dims * outputs, bias=False) if context_dim else None
 
-    def start(self, n: int, mask: int) -> Tensor:
-        """The first layer's sums [n, width] for inputs that are all 0: what `step` and `admit` keep."""
-        first = self.layers[0]
-        assert isinstance(first, MaskedLinear)
-        return first.bias.expand(n, -1).clone()
+    def degrees(self, mask: Tensor | int) -> Degrees:
+        """The mask set of this number."""
+        return Degrees(self.order[mask], self.hidden[mask])
 
-    def admit(self, sums: Tensor, x: Tensor, d: int, mask: int) -> None:
-        """Adds dimension d's inputs [B, inputs] to the sums, in place: one column of a product, not the whole."""
-        first = self.layers[0]
-        assert isinstance(first, MaskedLinear)
-        columns = first.weight[:, d * self.inputs : (d + 1) * self.inputs]
-        above = self.hidden[mask, 0] >= self.order[mask, d]
-        sums += x @ (columns * above[:, None]).T
-
-    def step(self, sums: Tensor, d: int, x: Tensor, mask: int) -> Tensor:
-        """Dimension d's outputs [B, outputs] from the sums; direct connections read the inputs x [B, D * inputs]."""
-        h, before = F.relu(sums), self.hidden[mask, 0]
-        for i, layer in enumerate(self.layers[1:], start=1):
-            h, before = F.relu(layer(h, before, self.hidden[mask, i])), self.hidden[mask, i]
-        rows = slice(d * self.outputs, (d + 1) * self.outputs)
-        place = self.order[mask]
-        last = self.last.weight[rows] * (place[d] > before)
-        logits = F.linear(h, last, self.last.bias[rows])
-        if self.direct is not None:
-            logits = logits + x @ (self.direct.weight[rows] * (place[d] > place.repeat_interleave(self.inputs))).T
-        return logits
-
-    def forward(self, x: Tensor, mask: Tensor | int) -> Tensor:
-        """x [B, D * inputs] -> [B, D, outputs]."""
-        place = self.order[mask]
-        first = place.repeat_interleave(self.inputs)
-        final = place.repeat_interleave(self.outputs)
-        h, before = x, first
+    def forward(self, x: Tensor, mask: Tensor | int | Degrees, context: Tensor | None = None) -> Tensor:
+        """x [B, D * inputs] and context [B, context_dim] -> [B, D, outputs]."""
+        degrees = mask if isinstance(mask, Degrees) else self.degrees(mask)
+        inputs, outputs = self._ends(degrees)
+        h, before = x, inputs
         for i, layer in enumerate(self.layers):
-            h = F.relu(layer(h, before, self.hidden[mask, i]))
-            before = self.hidden[mask, i]
-        logits: Tensor = self.last(h, before, final)
+            h = layer(h, before, degrees.hidden[i])
+            if i == 0 and self.context is not None:
+                h = h + self.context(context)
+            h, before = F.relu(h), degrees.hidden[i]
+        found: Tensor = self.last(h, before, outputs)
         if self.direct is not None:
-            logits = logits + self.direct(x, first, final)
-        return logits.reshape(len(x), self.dims, self.outputs)
+            found = found + self.direct(x, inputs, outputs)
+        if self.context_last is not None:
+            found = found + self.context_last(context)
+        return found.reshape(len(x), self.dims, self.outputs)
+
+    def _ends(self, degrees: Degrees) -> tuple[Tensor, Tensor]:
+        """The degrees of the inputs [D * inputs] and of the outputs [D * outputs]."""
+        return degrees.order.repeat_interleave(self.inputs), degrees.order.repeat_interleave(self.outputs)
+
+    # ---- one dimension after another
+
+    def start(self, n: int, mask: Tensor | int | Degrees, context: Tensor | None = None) -> Walk:
+        """The walk of n examples of which nothing is known: what `step` reads and `admit` adds to."""
+        degrees = mask if isinstance(mask, Degrees) else self.degrees(mask)
+        inputs, outputs = self._ends(degrees)
+        layers = [layer for layer in self.layers if isinstance(layer, MaskedLinear)]
+        weights = [
+            layer.kept(before, after)
+            for layer, (before, after) in zip(layers, pairwise([inputs, *degrees.hidden]), strict=True)
+        ]
+        sums, skip = layers[0].bias.expand(n, -1).clone(), self.last.bias.expand(n, -1).clone()
+        if self.context is not None and self.context_last is not None:
+            sums, skip = sums + self.context(context), skip + self.context_last(context)
+        direct = None if self.direct is None else self.direct.kept(inputs, outputs)
+        return Walk(sums, skip, weights[0], weights[1:], self.last.kept(degrees.hidden[-1], outputs), direct)
+
+    def step(self, walk: Walk, d: int) -> Tensor:
+        """Dimension d's outputs [n, outputs]."""
+        h, rows = F.relu(walk.sums), slice(d * self.outputs, (d + 1) * self.outputs)
+        for layer, weight in zip(self.layers[1:], walk.hidden, strict=True):
+            assert isinstance(layer, MaskedLinear)
+            h = F.relu(F.linear(h, weight, layer.bias))
+        return F.linear(h, walk.last[rows]) + walk.skip[:, rows]
+
+    def admit(self, walk: Walk, d: int, x: Tensor) -> None:
+        """Adds dimension d's inputs [n, inputs] to the sums: some columns of a product, not the whole."""
+        columns = slice(d * self.inputs, (d + 1) * self.inputs)
+        walk.sums += x @ walk.first[:, columns].T
+        if walk.direct is not None:
+            walk.skip += x @ walk.direct[:, columns].T
+
+
+class MaskedAutoregression(Autoregressive):
+    """p(x|c) is the mean over mask sets of prod_d p(x_d | x before d, c), all conditionals from one masked network.
+
+    `places`, `conditionals`, `start`, `step` and `admit` are of one mask set: of number `mask`, the one in training
+    use. `log_prob`, `sample` and `complete` are of the mean.
+
+    Source: Germain et al. 2015, arXiv:1502.03509.
+
+    Args:
+        data, codec, likelihood, condition: as in `Autoregressive`; one value is one place.
+        width, depth, masks, random_order, direct, seed: of the `MaskedMlp`.
+    """
+
+    mask: Tensor
+
+    def __init__(
+        self,
+        data: DataSpec,
+        codec: Codec,
+        likelihood: Likelihood,
+        width: int,
+        depth: int,
+        masks: int = 1,
+        random_order: bool = False,
+        direct: bool = False,
+        seed: int = 0,
+        condition: Condition | None = None,
+    ) -> None:
+        super().__init__(data, codec, likelihood, condition=condition)
+        self.entry, self.conditioner = Entry(data), label_conditioner(condition, data)
+        self.network = MaskedMlp(
+            data.dims, self.entry.size, likelihood.num_params, width, depth, masks, random_order, direct, seed,
+            self.conditioner.vector_dim,
+        )  # fmt: skip
+        self.num_masks, self.agnostic = masks, random_order and masks > 1
+        self.followed: Degrees | None = None
+        self.register_buffer("mask", torch.zeros((), dtype=torch.int64))
+        self.choose(0)
+
+    @property
+    def degrees(self) -> Degrees:
+        """The mask set that the conditionals are of."""
+        return self.network.degrees(self.mask) if self.followed is None else self.followed
+
+    def choose(self, mask: int) -> None:
+        """Makes the conditionals those of mask set number `mask`."""
+        self.mask.fill_(mask)
+        self.places.copy_(self.degrees.order.argsort()[:, None])
+
+    @contextmanager
+    def following(self, degrees: Degrees) -> Iterator[None]:
+        """For a while, makes the conditionals those of a mask set that need not be one of the model's own."""
+        before = self.places, self.followed
+        self.places, self.followed = degrees.order.argsort()[:, None], degrees
+        try:
+            yield
+        finally:
+            self.places, self.followed = before
+
+    def entered(self, x: Tensor) -> Tensor:
+        """The network's inputs [B, K * inputs] of values [B, K]."""
+        return self.entry(x, self.network.last.weight.dtype).flatten(1)
+
+    def context(self, cond: Tensor | None) -> Tensor | None:
+        check(self.condition, cond)
+        return None if cond is None else self.conditioner.vector(cond).to(self.network.last.weight.dtype)
+
+    def outputs(self, x: Tensor, cond: Tensor | None, mask: Tensor | int | Degrees) -> Tensor:
+        """[B, D, K] in the stored order, under one mask set."""
+        found: Tensor = self.network(self.entered(x.flatten(1)), mask, self.context(cond))
+        return found
+
+    def log_prob_of(self, x: Tensor, cond: Tensor | None, mask: Tensor | int) -> Tensor:
+        """[B] nats under one mask set."""
+        return self.likelihood.log_prob(self.outputs(x, cond, mask).movedim(2, 1), x.flatten(1))
+
+    def log_prob(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """[B] nats, exact; the ensemble averages probabilities, not log-probabilities."""
+        each = torch.stack([self.log_prob_of(x, cond, mask) for mask in range(self.num_masks)])  # [masks, B]
+        return each.logsumexp(0) - math.log(self.num_masks)
+
+    def conditionals(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        return self.outputs(x, cond, self.degrees)[:, self.places[:, 0]]
+
+    def start(self, n: int, cond: Tensor | None) -> Walk:
+        return self.network.start(n, self.degrees, self.context(cond))
+
+    def step(self, state: Walk, place: int) -> Tensor:
+        return self.network.step(state, int(self.places[place]))
+
+    def admit(self, state: Walk, place: int, values: Tensor) -> None:
+        self.network.admit(state, int(self.places[place]), self.entered(values))
+
+    @torch.no_grad()
+    def complete(self, x: Tensor, known: Tensor, rng: torch.Generator, cond: Tensor | None = None) -> Tensor:
+        """Draws what is not known of x.
+
+        Where the known values come first in the order of every mask set, the draws have the exact conditional
+        distribution: an example takes a set with probability in proportion to what the set gives its known values.
+        Otherwise, with random orders, each distinct pattern of known values gets an order of its own in which they come
+        first, drawn by `rng`, with the hidden degrees of one of the sets: what a network trained on many orders can do.
+
+        Source: Uria et al. 2014, section 3, arXiv:1310.1757; Germain et al. 2015, section 4.2.
+
+        Args, Returns: as in `Autoregressive`.
+        Raises: ValueError when a value is known that comes after one that is not, and there is only one order.
+        """
+        if self.num_masks == 1:
+            return super().complete(x, known, rng, cond)
+        check(self.condition, cond)
+        flat, sets = known.flatten(1), [self.network.degrees(mask) for mask in range(self.num_masks)]
+        exact = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        if self.agnostic:
+            for degrees in sets:
+                there = flat[:, degrees.order.argsort()]
+                exact &= ~(there[:, 1:] & ~there[:, :-1]).any(1)
+        parts, more = [], 0
+        if bool(exact.any()):
+            log_p, more = self._log_known(x, flat, cond)
+            chosen = torch.multinomial(log_p.softmax(1), 1, generator=rng)[:, 0]
+            parts = [(degrees, exact & (chosen == mask)) for mask, degrees in enumerate(sets)]
+        for pattern in torch.unique(flat[~exact], dim=0):
+            parts.append((self._beginning_with(pattern, rng), ~exact & (flat == pattern).all(1)))
+        drawn, evaluations = x.clone(), 0
+        for degrees, rows in parts:
+            if bool(rows.any()):
+                with self.following(degrees):
+                    asked = None if cond is None else cond[rows]
+                    drawn[rows] = super().complete(x[rows], known[rows], rng, asked)
+                evaluations = max(evaluations, self.evaluations)
+        self.evaluations = evaluations + more
+        return drawn
+
+    def _log_known(self, x: Tensor, known: Tensor, cond: Tensor | None) -> tuple[Tensor, int]:
+        """[n, masks] nats: log p of the known values [n, D] under every mask set, and the evaluations it took."""
+        if not bool(known.any()):
+            return torch.zeros(len(x), self.num_masks, device=x.device), 0
+        log_p, blank = [], torch.where(known.reshape(x.shape), x, torch.zeros_like(x))
+        for mask in range(self.num_masks):
+            with self.following(self.network.degrees(mask)):
+                log_p.append((self.log_probs(blank, cond) * known[:, self.places[:, 0]]).sum(1))
+        return torch.stack(log_p, 1), self.num_masks
+
+    def _beginning_with(self, known: Tensor, rng: torch.Generator) -> Degrees:
+        """A mask set in whose order, drawn at random, the known dimensions [D] come first."""
+        drawn = torch.rand(self.data.dims, generator=rng, device=rng.device)
+        order = (drawn + (~known).to(drawn.dtype)).argsort().argsort()
+        mask = torch.randint(self.num_masks, (1,), generator=rng, device=rng.device)[0]
+        return Degrees(order, self.network.hidden[mask])
+
+
+class EveryMask(MaximumLikelihood):
+    """-log p(x|c); in training each step takes the next mask set, in validation their mean.
+
+    Source: Germain et al. 2015, sections 4.2 and 4.3 (connectivity- and order-agnostic training), arXiv:1502.03509.
+    """
+
+    def loss(self, model: MaskedAutoregression, batch: Batch) -> Loss:
+        if model.training:
+            return Loss(-model.log_prob_of(batch.x, model.given(batch), model.mask).sum())
+        return super().loss(model, batch)
+
+    def advance(self, model: MaskedAutoregression, step: int) -> None:
+        model.choose((step + 1) % model.num_masks)

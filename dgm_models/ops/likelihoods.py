@@ -86,11 +86,7 @@ class Logistic:
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         location, scale = self._location_scale(params.float())
-        upper, lower = (x + 0.5 - location) / scale, (x - 0.5 - location) / scale
-        # log(sigmoid(u) - sigmoid(l)) = logsigmoid(u) + logsigmoid(-l) + log(1 - exp(l - u))
-        inner = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(lower - upper))
-        log_p = torch.where(x == 0, F.logsigmoid(upper), torch.where(x == self.levels - 1, F.logsigmoid(-lower), inner))
-        return log_p.flatten(1).sum(1)
+        return _log_cell(x, location, scale, self.levels).flatten(1).sum(1)
 
     def sample(self, params: Tensor, rng: torch.Generator, temperature: float = 1.0) -> Tensor:
         location, scale = self._location_scale(params.float())
@@ -99,6 +95,81 @@ class Logistic:
 
     def mode(self, params: Tensor) -> Tensor:
         return self._location_scale(params.float())[0].round().clamp(0, self.levels - 1).long()
+
+
+def _log_cell(x: Tensor, location: Tensor, scale: Tensor, levels: int) -> Tensor:
+    """log of a logistic's probability of the cell of level x, the first and the last with their tails."""
+    upper, lower = (x + 0.5 - location) / scale, (x - 0.5 - location) / scale
+    # log(sigmoid(u) - sigmoid(l)) = logsigmoid(u) + logsigmoid(-l) + log(1 - exp(l - u))
+    inner = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(lower - upper))
+    return torch.where(x == 0, F.logsigmoid(upper), torch.where(x == levels - 1, F.logsigmoid(-lower), inner))
+
+
+class LogisticMixture:
+    """A mixture over the V channels of a pixel together.
+
+    In a component every channel is a logistic, integrated over its levels' cells, with a mean that is linear in the
+    channels before it. A component has a logit, V means and V log-scales, for levels in [-1, 1] as in `Logistic`, and
+    V (V - 1) / 2 coefficients, of which tanh is taken; all logits come first, then means, log-scales, coefficients.
+
+    Args:
+        levels: of every channel.
+        components: K.
+        channels: V.
+
+    Source: Salimans et al. 2017, sections 2.1 and 2.2, arXiv:1701.05517.
+    """
+
+    def __init__(self, levels: int, components: int, channels: int) -> None:
+        self.levels, self.components, self.channels = levels, components, channels
+        self._sizes = [1, channels, channels, channels * (channels - 1) // 2]
+        self.num_params = components * sum(self._sizes)
+
+    def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[N, K] logits, [N, K, V] means in [-1, 1] and scales in levels, [N, K, V, V] coefficients below 0s."""
+        wide = params.flatten(1).to(torch.promote_types(params.dtype, torch.float32))
+        parts = torch.split(wide, [self.components * size for size in self._sizes], 1)
+        shaped = (part.reshape(len(wide), self.components, size) for part, size in zip(parts, self._sizes, strict=True))
+        logits, means, log_scales, coefficients = shaped
+        rows, columns = torch.tril_indices(self.channels, self.channels, -1, device=params.device)
+        coupling = wide.new_zeros(len(wide), self.components, self.channels, self.channels)
+        coupling[..., rows, columns] = coefficients.tanh()
+        return logits[..., 0], means, (log_scales.clamp(-7, 7) + math.log(self.levels / 8)).exp(), coupling
+
+    def _locations(self, means: Tensor, coupling: Tensor, x: Tensor) -> Tensor:
+        """[N, K, V] in levels, given x [N, V]; of a channel the values before it alone are read."""
+        centred = x.to(means.dtype) * (2.0 / (self.levels - 1)) - 1.0
+        # no matrix product: a value that is not known yet meets a coefficient of exactly 0
+        return (means + (coupling * centred[:, None, None]).sum(-1) + 1) * (self.levels - 1) / 2
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """[N] nats of x [N, V], params [N, num_params, 1]."""
+        logits, means, scales, coupling = self._split(params)
+        cells = _log_cell(x[:, None], self._locations(means, coupling, x), scales, self.levels)  # [N, K, V]
+        return (logits.log_softmax(1) + cells.sum(2)).logsumexp(1)
+
+    def sample(self, params: Tensor, rng: torch.Generator, temperature: float = 1.0) -> Tensor:
+        logits, means, scales, coupling = self._split(params)
+        chosen = torch.multinomial((logits / temperature).softmax(1), 1, generator=rng)
+        u = torch.rand(means[:, 0].shape, generator=rng, device=means.device, dtype=means.dtype)
+        noise = temperature * torch.logit(u.clamp(1e-6, 1 - 1e-6))
+        return self._walk(means, scales, coupling, chosen, noise)
+
+    def mode(self, params: Tensor) -> Tensor:
+        """[N, V]: the locations of the most probable component."""
+        logits, means, scales, coupling = self._split(params)
+        return self._walk(means, scales, coupling, logits.argmax(1, keepdim=True), torch.zeros_like(means[:, 0]))
+
+    def _walk(self, means: Tensor, scales: Tensor, coupling: Tensor, chosen: Tensor, noise: Tensor) -> Tensor:
+        """[N, V] int64, channel by channel: the level nearest to location + scale * noise in the chosen component."""
+        row = torch.arange(len(means), device=means.device)[:, None]
+        means, scales, coupling = means[row, chosen], scales[row, chosen], coupling[row, chosen]  # [N, 1, ...]
+        x = torch.zeros_like(noise, dtype=torch.int64)
+        for channel in range(self.channels):
+            location = self._locations(means, coupling, x)[:, 0, channel]
+            drawn = (location + scales[:, 0, channel] * noise[:, channel]).round().clamp(0, self.levels - 1)
+            x[:, channel] = drawn.long()
+        return x
 
 
 class Gaussian:
@@ -118,6 +189,44 @@ class Gaussian:
 
     def mode(self, params: Tensor) -> Tensor:
         return params[:, 0]
+
+
+class MixtureOfGaussians:
+    """Real values, each with a density of its own: sum_k w_k N(mean_k, scale_k^2).
+
+    Params are K logits of the weights, K means and K logarithms of the scales, which are kept within [-7, 7].
+
+    Source: Bishop 1994, Mixture Density Networks, eq. 22 and 23.
+    """
+
+    def __init__(self, components: int) -> None:
+        self.components = components
+        self.num_params = 3 * components
+
+    def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, means and log-scales, each [B, K, *event]."""
+        logits, means, log_scales = params.chunk(3, 1)
+        return logits, means, log_scales.clamp(-7, 7)
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        logits, means, log_scales = self._split(params)
+        square = ((x[:, None] - means) * (-log_scales).exp()).square()
+        joint = logits.log_softmax(1) - 0.5 * (square + math.log(2 * math.pi)) - log_scales
+        return joint.logsumexp(1).flatten(1).sum(1)
+
+    def sample(self, params: Tensor, rng: torch.Generator, temperature: float = 1.0) -> Tensor:
+        logits, means, log_scales = self._split(params)
+        weights = (logits / temperature).softmax(1).movedim(1, -1)
+        chosen = torch.multinomial(weights.reshape(-1, self.components), 1, generator=rng)
+        index = chosen.reshape(weights.shape[:-1])[:, None]
+        mean, log_scale = means.gather(1, index)[:, 0], log_scales.gather(1, index)[:, 0]
+        eps = torch.randn(mean.shape, generator=rng, device=mean.device, dtype=mean.dtype)
+        return mean + temperature * log_scale.exp() * eps
+
+    def mode(self, params: Tensor) -> Tensor:
+        """The mean of the component of largest weight: what `sample` draws as the temperature falls to 0."""
+        logits, means, _ = self._split(params)
+        return means.gather(1, logits.argmax(1, keepdim=True))[:, 0]
 
 
 def likelihood(name: Name, data: DataSpec) -> Likelihood:

@@ -1,5 +1,7 @@
 """Raw files from a folder, file://, http(s):// or s3://, every one held to its published checksum.
 
+Where no checksum is published, the sha256 of what came first is written to the cache, and the file is held to that.
+
 Where a file is looked for: the cache `${DGM_CACHE:-~/.cache/dgm}`, then one place: `DGM_DATA_MIRROR`, else the
 dataset's `mirror`, else the public home. A mirror has one subfolder a dataset (mnist/, fashion-mnist/, ...).
 """
@@ -30,7 +32,7 @@ class RawFile:
         folder: the dataset's subfolder in a mirror and in the cache.
         names: the file's name; with several, the same content plain or as .gz, tried in this order.
         home: the public prefix, ending in a slash.
-        checksum: "md5:..." or "sha256:...".
+        checksum: "md5:..." or "sha256:..."; "" where none is published.
         unpacked: the checksum is that of the unpacked content, not of the .gz.
     """
 
@@ -135,10 +137,16 @@ def _verified(file: RawFile, name: str, path: Path) -> Fetched:
     label = f"{file.folder}: {name}"
     packed = name.endswith(".gz")
     covered = gunzip(data, label) if packed and file.unpacked else data
-    kind, expected = file.checksum.split(":")
+    record = cache_folder() / file.folder / f"{name}.sha256"
+    first = record.read_text().strip() if not file.checksum and record.is_file() else ""
+    kind, _, expected = (file.checksum or f"sha256:{first}").partition(":")
     found = hashlib.new(kind, covered, usedforsecurity=False).hexdigest()
-    if found != expected:
+    if expected and found != expected:
         what = "unpacked bytes" if packed and file.unpacked else "bytes"
-        raise ValueError(f"{label}: {len(covered)} {what} with {kind} {found}; expected {kind} {expected}")
+        told = "" if file.checksum else f", as when it was first used; delete {record} if the change is meant"
+        raise ValueError(f"{label}: {len(covered)} {what} with {kind} {found}; expected {kind} {expected}{told}")
+    if not expected:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(f"{found}\n")
     content = gunzip(data, label) if packed and not file.unpacked else covered
     return Fetched(label, content, hashlib.sha256(covered).hexdigest())

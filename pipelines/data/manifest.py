@@ -42,15 +42,17 @@ class Manifest:
         schema: the version of this file's layout.
         name: the dataset's name in the table of datasets.
         kind, shape, levels, classes, location, scale: as in `DataSpec`; location and scale are the mean and the
-            standard deviation of all values of train for real data, 0 and 1 otherwise.
+            standard deviation of all values of train for real data, of every column by itself where there are
+            `columns`; 0 and 1 otherwise.
         dtype: "uint8", "int32" or "float32", little-endian.
         class_names: one name a class, or empty.
         rows: split -> number of rows.
         parts: every file, in the order of its rows.
         split, split_seed: the fractions and the seed that made the splits.
         entropy_nats: of one example's density, where it is known.
-        factors: what a row was made from; its `id` is its number in their grid, the last running fastest. Without
-            factors the file has no such key.
+        factors: what a row was made from; its `id` is its number in their grid, the last running fastest.
+        columns: the names of a vector's values where they are columns of a table. Without factors, or columns, the file
+            has no such key.
     """
 
     schema: int
@@ -61,8 +63,8 @@ class Manifest:
     levels: int | None
     classes: int
     class_names: tuple[str, ...]
-    location: float
-    scale: float
+    location: float | tuple[float, ...]
+    scale: float | tuple[float, ...]
     rows: Mapping[str, int]
     parts: tuple[Part, ...]
     split: tuple[float, ...]
@@ -71,6 +73,7 @@ class Manifest:
     source: Source
     entropy_nats: float | None
     factors: tuple[Factor, ...] = ()
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
@@ -99,18 +102,20 @@ class Manifest:
         return json.dumps(self._document(), indent=1, allow_nan=False) + "\n"
 
     def _document(self) -> dict[str, Any]:
-        document = asdict(self)
-        return document if self.factors else {key: value for key, value in document.items() if key != "factors"}
+        return {key: value for key, value in asdict(self).items() if value or key not in ("factors", "columns")}
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Raises: ValueError for a missing or unknown key, another schema, or values that contradict each other."""
         found = json.loads(text)
-        entries = _entries(cls, {"factors": [], **found} if isinstance(found, dict) else found)
+        entries = _entries(cls, {"factors": [], "columns": [], **found} if isinstance(found, dict) else found)
         return cls(
             **entries
             | {
                 "shape": tuple(entries["shape"]),
+                "location": _numbers(entries["location"]),
+                "scale": _numbers(entries["scale"]),
+                "columns": tuple(entries["columns"]),
                 "class_names": tuple(entries["class_names"]),
                 "split": tuple(entries["split"]),
                 "parts": tuple(Part(**_entries(Part, part)) for part in entries["parts"]),
@@ -118,6 +123,11 @@ class Manifest:
                 "factors": tuple(Factor(**_entries(Factor, factor)) for factor in entries["factors"]),
             }
         )
+
+
+def _numbers(found: Any) -> Any:
+    """A list as a tuple, a number as it is."""
+    return tuple(found) if isinstance(found, list) else found
 
 
 def _entries(cls: type, found: Any) -> dict[str, Any]:

@@ -78,7 +78,9 @@ def _prepare(name: str, dataset: Indexed, settings: Settings, out: Path | str) -
     ]
     with output(out) as put:
         remote = None if place(out).local else str(out)  # a local folder is the driver's: no worker can see it
-        finish = partial(_finish, paths=tuple(shards), dtype=stored_dtype(about.levels), out=remote)
+        finish = partial(
+            _finish, paths=tuple(shards), dtype=stored_dtype(about.levels), out=remote, by_column=bool(about.columns)
+        )
         rows = _dataset(tasks).map_batches(_read, batch_size=1, batch_format="numpy")
         rows = rows.groupby("shard", num_partitions=len(shards)).map_groups(finish, batch_format="pyarrow")
         made: dict[str, Shard] = {}
@@ -160,7 +162,7 @@ def _rows(task: _Task, x: Array, labels: Array | None) -> Any:
     return pa.table(columns, schema=SCHEMA)
 
 
-def _finish(table: Any, paths: tuple[str, ...], dtype: str, out: str | None) -> Any:
+def _finish(table: Any, paths: tuple[str, ...], dtype: str, out: str | None, by_column: bool) -> Any:
     """Makes a shard of its rows, and writes it when `out` is a place that everybody sees."""
     number = table["shard"][0].as_py()
     if number == REPORT:
@@ -172,7 +174,8 @@ def _finish(table: Any, paths: tuple[str, ...], dtype: str, out: str | None) -> 
     stored = np.frombuffer(values.buffers()[2], np.uint8)[ends[0] : ends[-1]]
     x = stored.reshape(len(values), -1)[order].view(np.dtype(dtype).newbyteorder("<"))
     labels = None if table["label"].null_count else table["label"].to_numpy()[order]
-    shard, content = make_shard(paths[number], table["id"].to_numpy()[order], x.astype(dtype, copy=False), labels)
+    ids, x = table["id"].to_numpy()[order], x.astype(dtype, copy=False)
+    shard, content = make_shard(paths[number], ids, x, labels, by_column)
     if out is not None:
         place(out).write(paths[number], content)
         content = b""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,13 +106,13 @@ def prepare(section: Section | Mapping[str, Any], out: Path | str, cluster: Clus
 def write(name: str, raw: Raw, settings: Settings, out: Path | str) -> Manifest:
     """Checks and writes rows that are already in memory: what `prepare` does after reading."""
     raw = checked(name, raw)
-    shards = plan(split_rows(name, len(raw.x), raw.splits, settings.split, settings.seed), settings)
+    shards = plan(split_rows(name, len(raw.x), raw.splits, settings.split, settings.seed, raw.groups), settings)
     ids = np.arange(len(raw.x)) if raw.ids is None else raw.ids
     with output(out) as put:
         made = []
         for path, rows in shards.items():
             labels = None if raw.labels is None else raw.labels[rows]
-            shard, content = make_shard(path, ids[rows], raw.x[rows], labels)
+            shard, content = make_shard(path, ids[rows], raw.x[rows], labels, bool(raw.columns))
             put(path, content)
             made.append(shard)
         manifest = manifest_of(name, raw, raw.x.shape[1:], settings, made)
@@ -135,24 +135,30 @@ class Shard:
 
     Attributes:
         part: its file.
-        low, high: of its values.
-        mean, variance: of its values, when they are real numbers; 0 for levels.
+        low, high: of its values: one number for all of them, or one for every column of a table.
+        mean, variance: likewise, when they are real numbers; 0 for levels.
     """
 
     part: Part
-    low: float
-    high: float
-    mean: float
-    variance: float
+    low: Sequence[float]
+    high: Sequence[float]
+    mean: Sequence[float]
+    variance: Sequence[float]
 
 
-def make_shard(path: str, ids: Array, x: Array, labels: Array | None) -> tuple[Shard, bytes]:
+def make_shard(path: str, ids: Array, x: Array, labels: Array | None, by_column: bool = False) -> tuple[Shard, bytes]:
     """One shard and its bytes; arguments as `write_part`."""
     content = encode(ids, x, labels)
-    values = np.ascontiguousarray(x).reshape(-1)  # sums depend on the layout
-    real = values.dtype.kind == "f"
-    mean, variance = (float(values.mean(dtype="f8")), float(values.var(dtype="f8"))) if real else (0.0, 0.0)
-    return Shard(part_of(path, len(ids), content), float(values.min()), float(values.max()), mean, variance), content
+    parts = list(x.T) if by_column else [x.reshape(-1)]
+    columns = [np.ascontiguousarray(part) for part in parts]  # sums depend on the layout
+    real = x.dtype.kind == "f"
+    return Shard(
+        part_of(path, len(ids), content),
+        [float(column.min()) for column in columns],
+        [float(column.max()) for column in columns],
+        [float(column.mean(dtype="f8")) if real else 0.0 for column in columns],
+        [float(column.var(dtype="f8")) if real else 0.0 for column in columns],
+    ), content
 
 
 def manifest_of(name: str, raw: Raw, shape: tuple[int, ...], settings: Settings, shards: list[Shard]) -> Manifest:
@@ -164,7 +170,8 @@ def manifest_of(name: str, raw: Raw, shape: tuple[int, ...], settings: Settings,
         shards: all of them, in the order of the plan.
     Raises: ValueError when train is constant.
     """
-    location, scale = _affine(name, raw.levels, [shard for shard in shards if shard.part.split == "train"])
+    train = [shard for shard in shards if shard.part.split == "train"]
+    location, scale = _affine(name, raw.levels, raw.columns, train)
     return Manifest(
         schema=SCHEMA,
         name=name,
@@ -184,24 +191,40 @@ def manifest_of(name: str, raw: Raw, shape: tuple[int, ...], settings: Settings,
         source=raw.source,
         entropy_nats=raw.entropy_nats,
         factors=raw.factors,
+        columns=raw.columns,
     )
 
 
-def _affine(name: str, levels: int | None, train: list[Shard]) -> tuple[float, float]:
-    """(mean, standard deviation) of all values of train for real data, (0, 1) for levels.
+def _affine(name: str, levels: int | None, columns: Sequence[str], train: list[Shard]) -> Any:
+    """(mean, standard deviation) of all values of train for real data, of each column of a table; (0, 1) for levels.
 
     Shard by shard, so that it is the same number whoever made the shards: the variance is the mean of the shards'
     variances plus the variance of their means.
     """
-    low, high = min(shard.low for shard in train), max(shard.high for shard in train)
-    if low == high:
-        raise ValueError(f"{name}: every value of train is {low:g}; expected data that vary")
+    low, high = (
+        [pick(of_shards) for of_shards in zip(*(getattr(shard, end) for shard in train), strict=True)]
+        for end, pick in (("low", min), ("high", max))
+    )
     if levels is not None:
+        if min(low) == max(high):
+            raise ValueError(f"{name}: every value of train is {min(low):g}; expected data that vary")
         return 0.0, 1.0
+    for number, (least, most) in enumerate(zip(low, high, strict=True)):
+        if least == most:
+            what = f"column {columns[number]!r}" if columns else "every value"
+            way = "leave it out: name the others in `columns`" if columns else "expected data that vary"
+            raise ValueError(f"{name}: {what} of train is {least:g}; {way}")
     weights = [shard.part.rows / sum(shard.part.rows for shard in train) for shard in train]
-    mean = math.fsum(weight * shard.mean for weight, shard in zip(weights, train, strict=True))
+    found = [_moments(weights, [(shard.mean[i], shard.variance[i]) for shard in train]) for i in range(len(low))]
+    return tuple(zip(*found, strict=True)) if columns else found[0]
+
+
+def _moments(weights: Sequence[float], shards: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(mean, standard deviation) of a column from its (mean, variance) in every shard."""
+    mean = math.fsum(weight * shard_mean for weight, (shard_mean, _) in zip(weights, shards, strict=True))
     variance = math.fsum(
-        weight * (shard.variance + (shard.mean - mean) ** 2) for weight, shard in zip(weights, train, strict=True)
+        weight * (shard_variance + (shard_mean - mean) ** 2)
+        for weight, (shard_mean, shard_variance) in zip(weights, shards, strict=True)
     )
     return mean, math.sqrt(variance)
 

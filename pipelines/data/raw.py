@@ -56,7 +56,10 @@ class Raw:
             None when the source fixes nothing.
         entropy_nats: of one example's density, where it is known.
         ids: [N] different integers, the rows' numbers in the source; None for 0..N-1.
+        groups: [N] integers: rows of one number go to one split; None when each row goes for itself. Not with `splits`.
         factors: what a row was made from: `ids` are then numbers in the factors' grid, the last running fastest.
+        columns: the names of a vector's values where they are columns of a table: real ones are then standardised each
+            by its own mean and standard deviation.
     """
 
     x: Array
@@ -70,7 +73,9 @@ class Raw:
     splits: Mapping[str, tuple[int, int]] | None = None
     entropy_nats: float | None = None
     ids: Array | None = None
+    groups: Array | None = None
     factors: tuple[Factor, ...] = ()
+    columns: tuple[str, ...] = ()
 
 
 class Dataset(Protocol):

@@ -12,7 +12,12 @@ from pipelines.data.raw import SPLITS, Array
 
 
 def split_rows(
-    name: str, rows: int, fixed: Mapping[str, tuple[int, int]] | None, split: tuple[float, ...], seed: int
+    name: str,
+    rows: int,
+    fixed: Mapping[str, tuple[int, int]] | None,
+    split: tuple[float, ...],
+    seed: int,
+    groups: Array | None = None,
 ) -> dict[str, Array]:
     """Disjoint row numbers [n] int64 a split, each in an order drawn from the seed, so that a prefix is a fair sample.
 
@@ -23,11 +28,20 @@ def split_rows(
         split: (train, valid, test) fractions, for what the source leaves open: of all rows, or of the source's train
             when only valid is missing; valid is then its share valid / (train + valid).
         seed: another seed is another order and, where the source leaves it open, other splits.
+        groups: [rows], see `Raw.groups`: the fractions are then of the groups.
     Raises: ValueError for an empty split.
     """
     order = _shuffled(rows, seed)
-    if fixed is None:
-        found = _cut(order, dict(zip(SPLITS, split, strict=True)))
+    fractions = dict(zip(SPLITS, split, strict=True))
+    what = f"{rows} rows"
+    if groups is not None:
+        assert fixed is None
+        numbers = np.unique(groups)
+        parts = _cut(numbers[_shuffled(len(numbers), seed)], fractions)
+        found = {key: order[np.isin(groups[order], part)] for key, part in parts.items()}
+        what += f" in {len(numbers)} groups that are not divided"
+    elif fixed is None:
+        found = _cut(order, fractions)
     else:
         found = {key: order[(order >= start) & (order < stop)] for key, (start, stop) in fixed.items()}
         if "valid" not in fixed:
@@ -35,7 +49,7 @@ def split_rows(
             found |= _cut(found["train"], {"train": train, "valid": valid})
     for key in SPLITS:
         if not len(found[key]):
-            raise ValueError(f"{name}: split {tuple(split)} of {rows} rows leaves {key} empty; expected at least a row")
+            raise ValueError(f"{name}: split {tuple(split)} of {what} leaves {key} empty; expected at least a row")
     return {key: found[key] for key in SPLITS}
 
 

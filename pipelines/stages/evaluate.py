@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from dgm_models import noise
+from dgm_models.codecs import Standardized
 from dgm_models.likelihood import log_prob
+from dgm_models.method import resampled
 from dgm_models.metrics import coverage, disentanglement, frechet, inception, kernel, likelihood, modes, two_sample
 from dgm_models.metrics.estimate import Estimate
-from dgm_models.nn.latent import LatentVariable
-from dgm_models.protocols import Bound, Density, Features, Latents
-from dgm_models.sampling import conditions
+from dgm_models.nn.tempering import Tempering
+from dgm_models.protocols import Bound, DataSpec, Density, DiagonalPosterior, Features, Latents
+from dgm_models.sampling import conditions, sample
 from pipelines import files, paths, pictures
 from pipelines.params import Evaluation, Params
 
@@ -35,6 +37,9 @@ LOOKED = 500  # rows whose codes order the traversals
 SHOWN = 12  # traversals, at most
 PAIRS = 6  # of examples, in the picture of interpolations
 STEPS = tuple(step / 2 for step in range(-4, 5))  # of a traversal, in standard deviations of its code
+TEMPERATURES = (0.5, 0.7, 0.85, 1.0)  # of the rows of a picture
+ACROSS, POINTS = 9, 500  # samples at each of them: pictures, or points in a plot
+ASKED, DRAWS = 6, 4  # examples whose conditions are shown, and samples for each
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,6 @@ def drawn(method: Method, dataset: str, settings: Evaluation, split: str = "test
 
     A model with a condition is asked for what the split's rows are, one by one.
     """
-    from dgm_models import sample
     from pipelines.data import shards
 
     there, n = shards.load(data or paths.data(dataset), split), compared(dataset, settings, split, data)
@@ -93,6 +97,13 @@ def extractor_of(dataset: str, dims: int) -> Extractor | None:
         digest = checkpoint.file_sha256(folder / "weights.safetensors")
         return Extractor(dataset, digest, dgm_models.load(folder))
     return Extractor("raw", "raw-coordinates", None) if dims <= RAW_DIMS else None
+
+
+def in_units(data: DataSpec, x: Tensor) -> Tensor:
+    """Stored x [N, *event] as it is compared: a table's columns in units of their own spread, all else as it is."""
+    if not isinstance(data.scale, tuple):
+        return x
+    return Standardized(data).encode(x, torch.zeros(len(x), dtype=torch.int64))[0]
 
 
 @dataclass
@@ -220,10 +231,10 @@ def posteriors(method: Method, x: Tensor, labels: Tensor | None, seed: int) -> t
     for start in range(0, len(x), CHUNK):
         part = slice(start, start + CHUNK)
         y, _ = model.codec.encode(x[part], keys[part])
-        if isinstance(model, LatentVariable):
-            found.append(model.posterior(y, None if cond is None else cond[part]))
-        else:
-            found.append((model.encode(y), None))
+        given = None if cond is None else cond[part]
+        found.append(
+            model.posterior(y, given) if isinstance(model, DiagonalPosterior) else (model.encode(y, given), None)
+        )
     codes = torch.cat([mean for mean, _ in found]).detach()
     if codes.ndim != 2:
         raise ValueError(f"{method.name} has codes of shape {tuple(codes.shape[1:])}; expected vectors")
@@ -322,11 +333,53 @@ def _decoded(method: Method, z: Tensor, cond: Tensor | None) -> Tensor:
     """Codes [R, C, D] and a condition for each of the R rows -> stored examples [R, C, *event]."""
     model, flat = method.model, z.flatten(0, 1)
     assert isinstance(model, Latents)
-    if isinstance(model, LatentVariable) and cond is not None:
-        y = model.decode(flat, cond.repeat_interleave(z.shape[1], 0))
-    else:
-        y = model.decode(flat)
+    y = model.decode(flat, None if cond is None else cond.repeat_interleave(z.shape[1], 0))
     return model.codec.decode(y).reshape(*z.shape[:2], *method.data.shape)
+
+
+def temperatures(method: Method, x: Tensor, labels: Tensor | None, seed: int) -> dict[str, bytes]:
+    """temperature.png: samples at each of `TEMPERATURES`, drawn with one seed, a row or a panel each.
+
+    Nothing for a sampler without a temperature, and for samples that have no picture. A model with a condition is asked
+    for what the first rows are.
+
+    Args:
+        x, labels: stored rows.
+        seed: of the samples.
+    """
+    pictured = pictures.tile(method.data) is not None
+    if not isinstance(method.model.sampling, Tempering) or not (pictured or pictures.plotted(method.data)):
+        return {}
+    n = min(ACROSS if pictured else POINTS, len(x))
+    cond = conditions(method, x[:n], None if labels is None else labels[:n], seed)
+    sets = [sample(resampled(method, {"temperature": each}), n, seed, cond=cond) for each in TEMPERATURES]
+    return {"temperature.png": pictures.series(sets, [f"{each:g}" for each in TEMPERATURES], method.data)}
+
+
+def asked_for(method: Method, x: Tensor, labels: Tensor | None, seed: int) -> dict[str, bytes]:
+    """conditions.png: a row an example: the condition, samples that were asked by it, and the example itself.
+
+    Nothing for a model whose condition is no image. Where a condition has one channel more than the data, that says
+    what of an example it shows.
+
+    Args:
+        x, labels: stored rows.
+        seed: of the samples, and of conditions that are drawn.
+    """
+    condition, data = method.model.condition, method.data
+    if condition is None or condition.spec(data).kind != "image" or data.levels is None:
+        return {}
+    x = x[:ASKED]
+    cond = conditions(method, x, None if labels is None else labels[:ASKED], seed)
+    assert cond is not None
+    samples = sample(method, len(x) * DRAWS, seed, cond=cond.repeat_interleave(DRAWS, 0))
+    channels = data.shape[0]
+    shown = ((cond[:, :channels] + 1) * ((data.levels - 1) / 2)).round().clamp(0, data.levels - 1).to(x.dtype)
+    rows = torch.cat([shown.expand_as(x)[:, None], samples.unflatten(0, (len(x), DRAWS)), x[:, None]], 1)
+    hidden = torch.zeros(rows.shape, dtype=torch.bool)
+    if cond.shape[1] > channels:
+        hidden[:, 0] = cond[:, channels:] < 0
+    return {"conditions.png": pictures.table(rows.flatten(0, 1), data, rows.shape[1], hidden.flatten(0, 1))}
 
 
 def evaluate(
@@ -357,7 +410,8 @@ def evaluate(
     features: dict[str, Tensor] = {}
     if extractor:
         labels = None if there.cond is None else there.cond[:n]
-        features = compare(rows, extractor, held_out[:n], fake[:n], train, labels)
+        real, made, known_rows = (in_units(method.data, each) for each in (held_out[:n], fake[:n], train))
+        features = compare(rows, extractor, real, made, known_rows, labels)
     else:
         reason = f"{dataset} has no extractor, and {method.data.dims} raw dimensions are more than {RAW_DIMS}"
         rows.refused.append({"metric": "fid", "reason": reason})
@@ -377,7 +431,7 @@ def evaluate(
 def evaluate_stage(run: str, out: Path, params: Params) -> list[dict[str, Any]]:
     """Writes evaluation.json, metrics.json (flat, for `dvc metrics`), features.safetensors, grid.png, refused.json.
 
-    For a model with latents also what `latents` gives.
+    Also what `latents`, `temperatures` and `asked_for` give.
     """
     import shutil
 
@@ -385,18 +439,23 @@ def evaluate_stage(run: str, out: Path, params: Params) -> list[dict[str, Any]]:
 
     import dgm_models
     from pipelines.data import shards
-    from pipelines.stages import sample
+    from pipelines.stages import sample as sampling
 
     started = time.time()
     method = dgm_models.load(paths.artifact(run))
-    fake = sample.read(paths.samples(run), method.data.shape)
+    fake = sampling.read(paths.samples(run), method.data.shape)
     dataset = params.dataset_of(run)
     rows, features = evaluate(method, fake, dataset, params.evaluation)
     rows.rows += bounds(dataset)
+    count = files.read_json(paths.samples(run) / "samples.json")["evaluations"]
+    each = Estimate(count, count, count, len(fake))
+    rows.add("evaluations_per_sample", each, "network evaluations", "exact", False)
     shown: dict[str, bytes] = {}
-    if isinstance(method.model, Latents):
-        test = shards.load(paths.data(dataset), "test")
-        rows.attempt("latents", lambda: shown.update(latents(method, test.x, test.cond, params.evaluation.seed)))
+    test = shards.load(paths.data(dataset), "test")
+    for name, draw in {"latents": latents, "temperature": temperatures, "conditions": asked_for}.items():
+        if name != "latents" or isinstance(method.model, Latents):
+            made = functools.partial(draw, method, test.x, test.cond, params.evaluation.seed)
+            rows.attempt(name, lambda made=made: shown.update(made()))
     with files.whole(out) as folder:
         for name, content in shown.items():
             files.write_bytes(folder / name, content)

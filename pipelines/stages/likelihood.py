@@ -9,13 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipelines import files, paths
 from pipelines.data import shards
-from pipelines.data.raw import SPLITS
+from pipelines.stages.rows import read
 from pipelines.stages.sample import locate
 
 HELD_OUT = 1000  # rows of valid that a row is ranked among, at most
@@ -26,7 +25,7 @@ def likelihood(target: str, rows: str, importance: int, seed: int, out: Path | N
 
     Args:
         target: a run, an artifact's folder or a registry URI.
-        rows: a .npy of examples [N, *event] in the stored type, or "<dataset>/<split>".
+        rows: a file of examples or "<dataset>/<split>"; see `rows.read`.
         importance: draws of the bound, for models that have no density.
         seed: of dequantisation and of the draws.
         out: gets one line a row: number, nats, bits/dim, rank. The rank is the share of held-out rows that are less
@@ -43,7 +42,7 @@ def likelihood(target: str, rows: str, importance: int, seed: int, out: Path | N
         raise ValueError(f"--out: {out} is no .csv file")
     with tempfile.TemporaryDirectory(prefix="dgm-") as folder:
         method = dgm_models.load(locate(target, Path(folder)))
-    x, labels = read(rows, method.data.shape)
+    x, labels = read(rows, method)
     nats, kind = dgm_models.log_prob(method, x, labels, importance, seed)
     levels = method.data.levels
     bits = None if levels is None else bits_per_dim(-nats, method.data.dims)
@@ -61,21 +60,6 @@ def likelihood(target: str, rows: str, importance: int, seed: int, out: Path | N
         "bits_per_dim": None if bits is None else float(bits.mean()),
         "outliers": None if ranks is None else float((ranks < 0.01).double().mean()),
     }
-
-
-def read(rows: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-    """Stored examples and their labels, of a split or of a file."""
-    dataset, _, split = rows.rpartition("/")
-    if split in SPLITS and (paths.data(dataset) / "manifest.json").is_file():
-        found = shards.load(paths.data(dataset), split)
-        return found.x, found.cond
-    try:
-        x = torch.from_numpy(np.load(rows, allow_pickle=False))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{rows}: {error}; expected a .npy of examples {shape}, or <dataset>/<split>") from error
-    if tuple(x.shape[1:]) != shape or not len(x):
-        raise ValueError(f"{rows}: holds {tuple(x.shape)}; expected [N, *{shape}]")
-    return x, None
 
 
 def held_out(method: Any, importance: int, seed: int) -> Tensor | None:
@@ -112,7 +96,7 @@ def table(nats: Tensor, bits: Tensor | None, ranks: Tensor | None) -> str:
 
 def words(found: dict[str, Any]) -> str:
     """The result as one paragraph."""
-    nats, kind = found["nats"], "exact" if found["kind"] == "exact" else "a lower bound"
+    nats, kind = found["nats"], {"exact": "exact", "bound": "a lower bound", "estimate": "an estimate"}[found["kind"]]
     if found["importance"]:
         kind += f", {found['importance']} draws"
     interval = "" if nats["low"] is None else f" [{nats['low']:.2f}, {nats['high']:.2f}]"

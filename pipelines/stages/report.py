@@ -35,6 +35,7 @@ COLUMNS = {
     "bits_per_dim": ("Bits/dim", "negative log-likelihood of stored data", "lower"),
     "nll": ("NLL", "negative log-likelihood, nats an example", "lower"),
     "copies": ("Copies", "share of samples attached to training rows beyond chance", "lower"),
+    "evaluations_per_sample": ("Evaluations", "of the network for one sample", "lower"),
 }
 
 
@@ -145,7 +146,7 @@ def _refused(run: str) -> list[View]:
 
 def _table(rows: list[leaderboard.Row]) -> View:
     """Columns, rows, and the axis that the intervals of FID share."""
-    bases = [base for base in COLUMNS if any(leaderboard.metric(row, base) for row in rows)]
+    bases = leaderboard.shown(rows, COLUMNS)
     fids = {id(row): leaderboard.metric(row, "fid") for row in rows}
     axis = Axis([entry for entry in fids.values() if entry])
     columns: list[View] = []
@@ -172,7 +173,7 @@ def _cell(entry: Mapping[str, Any] | None, column: Mapping[str, Any]) -> View | 
     if entry is None:
         return None
     value, interval = words(entry)
-    kind = entry["kind"] if entry["kind"] != "estimate" else None
+    kind = leaderboard.kind(column["base"], entry)
     own = None if entry["n"] == column["n"] else entry["n"]
     return {"value": value, "interval": interval, "kind": kind, "n": own, "flag": entry.get("flag")}
 

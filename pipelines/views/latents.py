@@ -1,4 +1,4 @@
-"""A model's codes on the page: which of them are in use, what they do to a picture, how far they tell known factors."""
+"""A model's codes on the page: which are in use, what they do, what they tell; and what else steers its samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCORES = {
 
 
 def view(row: leaderboard.Row) -> View | None:
-    """A run's codes as plain values, or None where it has none.
+    """What a run's codes and settings do to its samples, as plain values; None where nothing was drawn or told.
 
     Args:
         row: the run's row of the leaderboard.
@@ -28,12 +28,18 @@ def view(row: leaderboard.Row) -> View | None:
     folder = paths.evaluation(row["run"])
     path = folder / "latents.json"
     told = optional(path, None)
-    if told is None:
+    names = ("traversal", "interpolation", "temperature", "conditions")
+    found: View = {"run": row["run"], "codes": None, "scores": [], "factors": []}
+    found |= {name: png(folder / f"{name}.png") for name in names}
+    if told is None and not (found["temperature"] or found["conditions"]):
         return None
+    data = leaderboard.spec(row["run"])["data"]
+    found["plot"] = data["kind"] == "vector" and data["levels"] is None  # samples are points there, not pixels
+    if told is None:
+        return found
     with naming(path):
         shown = told["codes"][: told["shown"]]
-        found = {
-            "run": row["run"],
+        found |= {
             "rows": told["rows"],
             "given": told["given"],
             "count": len(told["codes"]),
@@ -45,10 +51,7 @@ def view(row: leaderboard.Row) -> View | None:
         }
     with naming(folder / "evaluation.json"):
         scores = [_score(name, row["metrics"][name]) for name in SCORES if name in row["metrics"]]
-    return {
-        **found,
-        "traversal": png(folder / "traversal.png"),
-        "interpolation": png(folder / "interpolation.png"),
+    return found | {
         "scores": scores,
         "factors": next((list(score["each"]) for score in scores if score["each"]), []),
     }

@@ -350,7 +350,7 @@ def test_conditions_are_needed_for_a_projection() -> None:
 def test_conditions_of_a_dataset_are_not_read_by_a_model_without_one() -> None:
     method = made()
     batch = a_batch(method)
-    assert batch.cond is not None and method.model.asked(batch) is None
+    assert batch.cond is not None and method.model.given(batch) is None
     method.objective.critic_turn(method.model, batch)
 
 

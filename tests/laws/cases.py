@@ -56,6 +56,14 @@ SMALL: dict[str, Any] = {
     "vector_codes": 2,
     "codebook_size": 5,
     "code_dim": 2,
+    "layers": 2,
+    "channels": 2,
+    "groups": 2,
+    "steps": 2,
+    "heads": 2,
+    "skip_width": 8,
+    "first_kernel": 3,
+    "dropout": 0.0,  # torch draws it for a whole micro-batch: other micro-batches, other draws
 }
 
 

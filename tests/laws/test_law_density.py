@@ -13,7 +13,10 @@ from dgm_models.method import Method, encoded
 from tests.laws import cases
 from tests.laws.cases import Case, with_capability
 
-ENUMERABLE = {"vector:discrete": (8,), "image:discrete": (1, 2, 2), "tokens:discrete": (3,), "codes:discrete": (2, 2)}
+ENUMERABLE = {
+    "vector:discrete": (8,), "image:discrete": (1, 2, 2), "tokens:discrete": (3,), "codes:discrete": (2, 2),
+    "audio:discrete": (1, 2),
+}  # fmt: skip
 
 
 def sharp(case: Case, factor: float = 2.0) -> Method:
@@ -34,11 +37,13 @@ def space(method: Method) -> Tensor:
 
 
 DENSITIES = with_capability("density", sorts=":discrete")
+# a flow has a density of dequantised levels, which does not sum to one over the levels themselves
+PROBABILITIES = [case for case in DENSITIES if case.row.family != "flows"]
 BOUNDS = with_capability("bound")
 REAL_DENSITIES = with_capability("density", sorts=":real")
 
 
-@pytest.mark.parametrize("case", DENSITIES, ids=str)
+@pytest.mark.parametrize("case", PROBABILITIES, ids=str)
 def test_density_sums_to_one(case: Case) -> None:
     method = sharp(case, 4.0)
     log_p = method.model.log_prob(space(method)).detach().double()
@@ -47,7 +52,7 @@ def test_density_sums_to_one(case: Case) -> None:
     assert float(log_p.std()) > 0.5  # far from uniform: a leak between the conditionals would show
 
 
-@pytest.mark.parametrize("case", DENSITIES, ids=str)
+@pytest.mark.parametrize("case", PROBABILITIES, ids=str)
 def test_density_is_that_of_the_samples(case: Case) -> None:
     method = sharp(case)
     x, n = space(method), 4096

@@ -88,7 +88,7 @@ def test_players_twin_that_trains_everyone_in_every_turn_is_caught(monkeypatch: 
 
     @contextmanager
     def everyone(players, active):
-        yield dict(players[active].named_parameters())
+        yield dict(players[active])
 
     monkeypatch.setattr(trainer, "_only", everyone)
     method = cases.made(Case("gan/non_saturating", "vector:discrete"))

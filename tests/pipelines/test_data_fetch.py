@@ -230,3 +230,17 @@ def test_fetch_names_a_truncated_gz(tmp_path: Path, unpacked: bool) -> None:
 def test_fetch_refuses_an_address_it_cannot_read(place: str) -> None:
     with pytest.raises(ValueError, match=r"set: an unusable address; expected a folder, file:///.*from " + place):
         fetch(a_file(), place)
+
+
+def test_fetch_without_a_published_checksum_holds_a_file_to_its_first_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DGM_DATA_MIRROR", str(put(tmp_path / "mirror", "a.gz", PACKED)))
+    file = a_file(checksum="")
+    assert fetch(file).content == fetch(file).content == CONTENT
+    assert cached(tmp_path) == ["a.gz.sha256"]
+    put(tmp_path / "mirror", "a.gz", gzip.compress(b"other"))
+    with pytest.raises(ValueError, match=r"as when it was first used; delete .*a\.gz\.sha256 if the change is meant"):
+        fetch(file)
+    (tmp_path / "cache" / "set" / "a.gz.sha256").unlink()
+    assert fetch(file).content == b"other"

@@ -173,3 +173,13 @@ def test_leaderboard_table_marks_champion_kind_and_flag(root: Path) -> None:
 def test_leaderboard_number_has_two_digits_of_its_interval(value: float, half: float, text: tuple[str, str]) -> None:
     assert leaderboard.number(entry("fid", value, half)) == text
     assert leaderboard.number({"value": value, "low": None, "high": None})[1] == ""
+
+
+def test_evaluations_are_a_column_where_some_model_needs_several(root: Path) -> None:
+    one, many = (entry("evaluations_per_sample", n, 0.0, unit="network evaluations", kind="exact") for n in (1, 784))
+    write_run(root, "vae", [entry("fid/digits", 9.0), one])
+    assert "evaluations" not in leaderboard.table(leaderboard.rows())
+    write_run(root, "pixels", [entry("fid/digits", 8.0), many])
+    lines = leaderboard.table(leaderboard.rows()).splitlines()
+    assert lines[1].split()[-1] == "evaluations"
+    assert [line.split()[-1] for line in lines[2:4]] == ["784", "1"]

@@ -13,6 +13,7 @@ import torch
 import dgm_models
 from dgm_models.likelihood import log_prob
 from dgm_models.method import Method
+from dgm_models.protocols import Density
 from pipelines.data.prepare import prepare
 from pipelines.stages import likelihood as stage
 from tests.laws import cases
@@ -82,6 +83,28 @@ def test_likelihood_names_rows_that_cannot_be_read(project: Path, tmp_path: Path
         stage.likelihood("made", str(tmp_path / "wrong.npy"), 1, 0, None)
     with pytest.raises(ValueError, match="or <dataset>/<split>"):
         stage.likelihood("made", "digits/tset", 1, 0, None)
+
+
+def test_likelihood_of_a_user_s_table_is_in_nats_of_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DGM_ROOT", str(tmp_path))
+    x = np.random.default_rng(0).normal(size=(60, 2)) * [100.0, 0.01] + [5.0, -3.0]
+    np.savetxt(tmp_path / "t.csv", x, delimiter=",", header="a,b", comments="")
+    spec = prepare({"name": "table", "path": str(tmp_path / "t.csv")}, tmp_path / "data" / "mine").spec()
+    method = dgm_models.build("vae/ppca", spec, factors=1)
+    dgm_models.save(method, tmp_path / "artifacts" / "run", lineage={"dataset": "mine"})
+    (tmp_path / "mine.csv").write_text("b,a\n-3.0,5.0\n-3.01,105.0\n900.0,5.0\n")
+    found = stage.likelihood("run", str(tmp_path / "mine.csv"), 1, 0, tmp_path / "out.csv")
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert (found["kind"], found["n"], found["bits_per_dim"]) == ("exact", 3, None)
+    stored = torch.tensor([[5.0, -3.0], [105.0, -3.01], [5.0, 900.0]])
+    y = (stored - torch.tensor(spec.location)) / torch.tensor(spec.scale)
+    assert isinstance(method.model, Density)
+    expected = method.model.log_prob(y).double() - sum(map(math.log, spec.scale))  # type: ignore[arg-type]
+    for row, nats in zip(rows, expected.tolist(), strict=True):
+        assert math.isclose(float(row["nats"]), nats, rel_tol=1e-5)  # float32
+    assert float(rows[2]["rank"]) == 0.0 and found["outliers"] == pytest.approx(1 / 3)
 
 
 def test_rank_is_the_share_of_held_out_rows_below() -> None:

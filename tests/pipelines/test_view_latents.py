@@ -14,17 +14,22 @@ from PIL import Image
 from test_leaderboard_rows import entry, write, write_run
 from torch import Tensor
 
-from dgm_models.method import Method, build
+from dgm_models.codecs import continuous
+from dgm_models.conditions import Label
+from dgm_models.method import Method, build, save
+from dgm_models.nn.flow import Chain, Flow
 from dgm_models.nn.latent import LatentVariable
 from dgm_models.nn.networks import Mlp
+from dgm_models.nn.tempering import Tempering
 from dgm_models.protocols import DataSpec, Model
 from pipelines import leaderboard, paths, pictures
 from pipelines.data import shards
 from pipelines.data.prepare import prepare
-from pipelines.params import Evaluation
+from pipelines.params import Evaluation, parse
 from pipelines.stages import evaluate as evaluating
 from pipelines.stages.evaluate import LOOKED, STEPS, Rows, evaluate, latents, posteriors
 from pipelines.stages.report import report
+from pipelines.stages.sample import sample_stage
 from pipelines.views import latents as page
 
 SHAPES = {"name": "shapes", "rows": None, "size": 32, "scales": 1, "rotations": 1, "xs": 10, "ys": 10}
@@ -63,10 +68,10 @@ class Plain(Model):
         super().__init__(data, Eye(data).codec)
         self.shape = shape
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         return x.float().flatten(1)[:, :: x[0].numel() // 2].repeat(1, 6)[:, :6].reshape(len(x), *self.shape)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, cond: Tensor | None = None) -> Tensor:
         return torch.zeros(len(z), *self.data.shape)
 
 
@@ -144,7 +149,8 @@ def test_latents_are_ordered_by_kl_and_move_one_code_at_a_time(
     shapes: shards.Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eye, seen = Eye(DataSpec("image", (1, 32, 32), 2, 3)), []
-    monkeypatch.setattr(eye, "decode", lambda z: seen.append(z) or torch.zeros(len(z), 1, 32, 32, dtype=torch.long))
+    black = torch.zeros(1, 1, 32, 32, dtype=torch.long)
+    monkeypatch.setattr(eye, "decode", lambda z, cond: seen.append(z) or black.expand(len(z), -1, -1, -1))
     files = latents(with_model(eye), shapes.x, shapes.cond, 0)
     told = json.loads(files["latents.json"])
     assert [each["code"] for each in told["codes"]] == [1, 0, 2]  # the larger mean, the smaller, the prior
@@ -186,6 +192,105 @@ def test_latents_of_examples_that_are_no_pictures_are_numbers_alone(root: Path) 
         pictures.table(torch.zeros(4, 2), DataSpec("vector", (2,)), 2)
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_latents_of_a_flow_are_pictures_too(shapes: shards.Rows, asked: bool) -> None:
+    data = DataSpec("image", (1, 32, 32), 2, 3)
+    flow = Flow(data, continuous(data), Chain(), condition=Label() if asked else None)  # the identity
+    files = latents(with_model(flow), shapes.x, shapes.cond, 0)
+    told = json.loads(files["latents.json"])
+    assert len(told["codes"]) == 1024 and told["shown"] == 12 and told["codes"][0]["kl"] is None
+    assert told["given"] == ("label" if asked else None)
+    line = tiles(files["interpolation.png"], 6, 11)
+    for row in range(6):
+        for column in (0, 9):  # the example and what its latents decode to, at either end
+            assert torch.equal(pixels(line, row, column), pixels(line, row, column + 1))
+
+
+def test_evaluation_counts_and_draws_what_a_sampler_needs(root: Path) -> None:
+    section = {"name": "digits", "split": [0.9, 0.05, 0.05]}
+    spec = prepare(section, root / "data" / "digits").spec()
+    method = build("autoregressive/made", spec, width=8)
+    save(method, root / "artifacts" / "made", lineage={"dataset": "digits", "run_digest": "d" * 64})
+    network = {"name": "mlp", "width": 8, "depth": 1}
+    vae = build("vae/vae", spec, latent_dim=2, network=network, cond={"name": "edges"})
+    save(vae, root / "artifacts" / "vae", lineage={"dataset": "digits", "run_digest": "e" * 64})
+    runs = {"made": {"dataset": "digits", "method": {"name": "autoregressive/made", "width": 8}},
+            "vae": {"dataset": "digits", "method": {"name": "vae/vae"}}}  # fmt: skip
+    params = parse({"datasets": {"digits": section}, "runs": runs, "evaluation": {"importance": 1, "max_samples": 30}})
+    for run, count, drawn in (("made", 64, "temperature"), ("vae", 1, "conditions")):
+        sample_stage(run, paths.samples(run), params)
+        rows = {row["metric"]: row for row in evaluating.evaluate_stage(run, paths.evaluation(run), params)}
+        row = rows["evaluations_per_sample"]
+        assert (row["value"], row["low"], row["high"], row["n"]) == (count, count, count, 30)
+        assert (row["kind"], row["unit"]) == ("exact", "network evaluations")
+        pictured = {path.stem for path in paths.evaluation(run).glob("*.png")}
+        assert pictured == {"grid", drawn} | ({"traversal", "interpolation"} if run == "vae" else set())
+    html = report(root / "report").read_text()
+    assert "Evaluations" in html and "at four temperatures" in html and "Conditions of vae" in html
+
+
+def made_by(method: Method, seed: int, data: shards.Rows) -> dict[str, bytes]:
+    return evaluating.temperatures(method, data.x, data.cond, seed)
+
+
+class Flip(Model):
+    """Pixels that are white with the probability that the temperature says."""
+
+    def __init__(self, data: DataSpec) -> None:
+        super().__init__(data, Eye(data).codec)
+        self.sampling = Tempering()
+
+    def sample(self, n: int, rng: torch.Generator, cond: Tensor | None = None) -> Tensor:
+        return (torch.rand(n, *self.data.shape, generator=rng) < self.sampling.temperature).long()
+
+
+def tiles(content: bytes, rows: int, columns: int) -> Image.Image:
+    """A table of 32 x 32 pictures without its enlargement."""
+    image = Image.open(io.BytesIO(content))
+    zoom, rest = divmod(image.size[0], columns * 33 + 1)
+    assert rest == 0 and image.size[1] == zoom * (rows * 33 + 1)
+    return image.resize((image.size[0] // zoom, image.size[1] // zoom), Image.Resampling.NEAREST)
+
+
+def pixels(image: Image.Image, row: int, column: int) -> Tensor:
+    """[32, 32, 3]"""
+    left, top = column * 33 + 1, row * 33 + 1
+    return torch.tensor(list(image.crop((left, top, left + 32, top + 32)).getdata())).reshape(32, 32, 3)
+
+
+def test_temperature_picture_is_a_row_for_each_with_one_seed(shapes: shards.Rows) -> None:
+    flip = with_model(Flip(DataSpec("image", (1, 32, 32), 2, 3)))
+    files = made_by(flip, 3, shapes)
+    image = tiles(files["temperature.png"], 4, evaluating.ACROSS)
+    cold, cool, warm, whole = (pixels(image, row, 2)[..., 0] == 255 for row in range(4))
+    assert 0.3 < float(cold.float().mean()) < float(cool.float().mean()) < float(warm.float().mean()) < 1
+    assert not (cold & ~cool).any() and not (cool & ~warm).any() and whole.all()  # the same draws, cut elsewhere
+    assert files == made_by(flip, 3, shapes) != made_by(flip, 4, shapes)
+    assert flip.model.sampling == Tempering()
+
+
+def test_temperature_picture_needs_a_temperature_and_a_picture(shapes: shards.Rows) -> None:
+    assert made_by(with_model(Eye(DataSpec("image", (1, 32, 32), 2, 3))), 0, shapes) == {}
+    tokens = dataclasses.replace(build("vae/vae", DataSpec("vector", (2,)), **SMALL), data=DataSpec("tokens", (5,), 7))
+    tokens.model.sampling = Tempering()
+    assert made_by(tokens, 0, shapes) == {}
+
+
+@pytest.mark.parametrize(("cond", "hides"), [({"name": "edges"}, False), ({"name": "masked", "share": 0.5}, True)])
+def test_conditions_picture_stands_between_what_is_asked_and_the_example(
+    shapes: shards.Rows, cond: dict[str, Any], hides: bool
+) -> None:
+    method = build("vae/vae", DataSpec("image", (1, 32, 32), 2, 3), **SMALL, cond=cond)
+    files = evaluating.asked_for(method, shapes.x, shapes.cond, 0)
+    image = tiles(files["conditions.png"], evaluating.ASKED, evaluating.DRAWS + 2)
+    for row in range(evaluating.ASKED):
+        assert torch.equal(pixels(image, row, evaluating.DRAWS + 1)[..., 0] == 255, shapes.x[row, 0] == 1)
+        hidden = (pixels(image, row, 0) == torch.tensor(pictures.HIDDEN)).all(-1)
+        assert int(hidden.sum()) == (16 * 16 if hides else 0)
+    plain = build("vae/vae", DataSpec("image", (1, 32, 32), 2, 3), **SMALL, cond={"name": "label"})
+    assert evaluating.asked_for(plain, shapes.x, shapes.cond, 0) == {}
+
+
 def codes(count: int, kl: bool = True) -> dict[str, Any]:
     told = [{"code": n, "kl": 3.0 - n if kl else None, "variance": 0.9 if n < 2 else 0.001} for n in range(count)]
     return {"rows": 500, "codes": told, "shown": min(count, 12), "steps": [-2.0, 0.0, 2.0], "given": None}
@@ -216,6 +321,18 @@ def test_page_without_pictures_lists_the_codes(root: Path) -> None:
     html = shown(root, codes(2, kl=False), [entry("nll", 3.0)])
     assert "2 of 2 codes are in use on 500 test rows. Variance, by code: 0&nbsp;0.90, 1&nbsp;0.90." in html
     assert "Score ↑" not in html
+
+
+def test_page_shows_temperatures_and_conditions_with_or_without_codes(root: Path) -> None:
+    write_run(root, "pixels", [entry("nll", 3.0)], dataset="shapes")
+    for name in ("temperature", "conditions"):
+        write(root / f"evaluations/pixels/{name}.png", {})
+    html = " ".join(report(root / "report").read_text().split())
+    assert 'alt="Samples of pixels at four temperatures"' in html and 'alt="Conditions of pixels' in html
+    assert "codes are in use" not in html and "give every example a code" not in html
+    write(root / "evaluations/vae/temperature.png", {})
+    html = shown(root, codes(2), [entry("nll", 3.0)])
+    assert 'alt="Samples of vae at four temperatures"' in html and "2 of 2 codes are in use" in html
 
 
 def test_page_of_runs_without_codes_has_no_such_part(root: Path) -> None:

@@ -20,9 +20,14 @@ TABLE = {
     "checkerboard": "pipelines.data.datasets.checkerboard:Checkerboard",
     "pinwheel": "pipelines.data.datasets.pinwheel:Pinwheel",
     "shapes": "pipelines.data.datasets.shapes:Shapes",
+    "plucks": "pipelines.data.datasets.plucks:Plucks",
     "image-folder": "pipelines.data.datasets.image_folder:ImageFolder",
+    "audio-folder": "pipelines.data.datasets.audio_folder:AudioFolder",
     "npy": "pipelines.data.datasets.npy:Npy",
     "parquet": "pipelines.data.datasets.parquet:Parquet",
+    "table": "pipelines.data.datasets.table:Table",
+    "uci-binary": "pipelines.data.datasets.uci_binary:UciBinary",
+    "uci-real": "pipelines.data.datasets.uci_real:UciReal",
 }
 INDEXED = ("image-folder", "parquet")  # those with an `index`, which can be read block by block
 

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from pipelines.data import images
-from pipelines.data.inputs import origin
+from pipelines.data.inputs import files_in, origin, subfolders
 from pipelines.data.raw import Array, Chunk, Index, Raw, Source
 from pipelines.storage import place
 
@@ -43,8 +43,8 @@ class ImageFolder:
         return self.index().read("image-folder")
 
     def index(self) -> Index:
-        names = self._names()
-        classes, labels = _classes(self.path, names)
+        names = files_in("image-folder", self.path, SUFFIXES, "image")
+        classes, labels = subfolders("image-folder", self.path, names)
         shape = _Images(self, tuple(names[:1]), None, None).read().x.shape[1:]
 
         def about(sums: Sequence[tuple[str, str]], top: int | None) -> Raw:
@@ -67,18 +67,6 @@ class ImageFolder:
             here = slice(start, start + BLOCK)
             blocks.append(_Images(self, tuple(names[here]), None if labels is None else labels[here], shape))
         return Index(blocks, about)
-
-    def _names(self) -> list[str]:
-        where = place(self.path)
-        if where.local and not where.local.is_dir():
-            raise ValueError(f"image-folder: {self.path}: no such folder")
-        files = [entry.name for entry in where.list()]
-        names = [n for n in files if n.lower().endswith(SUFFIXES) and not n.rpartition("/")[2].startswith(".")]
-        if not names:
-            raise ValueError(
-                f"image-folder: {self.path}: no image in it; expected files ending in {', '.join(SUFFIXES)}"
-            )
-        return sorted(names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,16 +91,3 @@ class _Images:
         labelled = [(f"image-folder: {self.folder.path.rstrip('/')}/{name}", content) for name, content in files]
         x = images.stack(labelled, self.folder.size, self.folder.channels, self.shape)
         return Chunk(x, self.labels, tuple((name, hashlib.sha256(content).hexdigest()) for name, content in files))
-
-
-def _classes(folder: str, names: list[str]) -> tuple[tuple[str, ...], Array | None]:
-    """(class names, [N] labels): none when all images lie in the folder itself."""
-    tops = [name.split("/")[:-1][:1] for name in names]
-    if not any(tops):
-        return (), None
-    if not all(tops):
-        loose = names[tops.index([])]
-        raise ValueError(f"image-folder: {folder}: {loose} lies beside the classes' subfolders; expected it in one")
-    classes = sorted({top[0] for top in tops})
-    number = {name: i for i, name in enumerate(classes)}
-    return tuple(classes), np.array([number[top[0]] for top in tops], np.int32)

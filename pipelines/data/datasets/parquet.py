@@ -28,7 +28,8 @@ class Parquet:
         path: a file or a folder of *.parquet, also file:// or s3://.
         column: the column that holds a row: lists of one length, fixed-size binary (uint8 values), numbers, or image
             files as bytes (also as the field `bytes` of a struct), which are kind "image" with 256 levels.
-        columns: in place of `column`, several columns of numbers: the values of a vector.
+        columns: in place of `column`, several columns of numbers: the values of a vector; real ones are standardised
+            column by column.
         label: a column of integers from 0; None without labels.
         kind: what one row is.
         levels: the values are the integers 0..levels-1; None for real numbers, stored as float32.
@@ -83,6 +84,7 @@ class Parquet:
                 classes=0 if top is None else top + 1,
                 licence=self.licence,
                 source=Source(origin(self.path, "parquet file"), dict(sums)),
+                columns=self.columns,
             )
 
         return Index(files, about)
