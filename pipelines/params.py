@@ -450,7 +450,7 @@ def _check_codes(key: str, coded: Coded, runs: Mapping[str, Run]) -> None:
     for run in runs.values():
         if run.dataset == key and "codes:discrete" not in registry.row(run.method).data:
             able = ", ".join(row.name for row in registry.ROWS if "codes:discrete" in row.data)
-            raise ConfigError(f"runs.{run.key}.method.name: {run.method} does not model codes; {able} does")
+            raise ConfigError(f"runs.{run.key}.method.name: {run.method} does not model codes; these do: {able}")
 
 
 @dataclass(frozen=True)

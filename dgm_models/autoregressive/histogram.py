@@ -36,8 +36,8 @@ class Histogram(Autoregressive):
         super().__init__(data, Discrete(data), Categorical(data.levels))
         self.levels, dims = data.levels, data.dims
         self.memory = {"independent": 0, "markov": 1, "table": dims - 1}[form]
-        rows = [self.levels ** min(place, self.memory) for place in range(dims)]
-        cells = sum(rows) * self.levels
+        self.sizes = [self.levels ** min(place, self.memory) for place in range(dims)]
+        cells = sum(self.sizes) * self.levels
         if cells > MOST:
             simpler = {"table": "markov or independent", "markov": "independent"}.get(form, "a network")
             size = f"{cells:,}" if cells < 10**12 else f"about 10^{len(str(cells)) - 1}"
@@ -45,8 +45,8 @@ class Histogram(Autoregressive):
                 f"form: the {form} form of {dims} dimensions with {self.levels} levels has {size} cells, and at most "
                 f"{MOST:,} are counted; use {simpler}, or a model that shares parameters, such as autoregressive/nade"
             )
-        self.register_buffer("first_row", torch.tensor([0, *rows[:-1]]).cumsum(0))
-        self.logits = nn.Parameter(torch.randn(sum(rows), self.levels))  # until the counts are there
+        self.register_buffer("first_row", torch.tensor([0, *self.sizes[:-1]]).cumsum(0))
+        self.logits = nn.Parameter(torch.randn(sum(self.sizes), self.levels))  # until the counts are there
 
     def rows(self, x: Tensor) -> Tensor:
         """[B, D]: the row of `logits` in use at every place, from x [B, *event]."""
@@ -88,16 +88,19 @@ class Counts(Computed):
     def __init__(self, model: Histogram, form: Form, pseudocount: float) -> None:
         super().__init__()
         self.register_buffer("counts", torch.zeros(model.logits.shape, dtype=torch.float64))
-        places = torch.arange(model.data.dims)
-        prior = torch.full(places.shape, pseudocount, dtype=torch.float64)
-        if form == "table":
-            prior *= float(model.levels) ** (model.data.dims - 1 - places)
-        ends = torch.cat([model.first_row[1:], torch.tensor([len(model.logits)])])
-        self.register_buffer("prior", prior.repeat_interleave(ends - model.first_row)[:, None])  # [rows, 1]
+        last = model.data.dims - 1
+        prior = [
+            torch.full(
+                (size, 1), pseudocount * model.levels ** (last - place if form == "table" else 0), dtype=torch.float64
+            )
+            for place, size in enumerate(model.sizes)
+        ]
+        self.register_buffer("prior", torch.cat(prior))  # [rows, 1]
 
     def target(self, model: Histogram, x: Tensor) -> dict[str, Tensor]:
         cells = (model.rows(x) * model.levels + x.flatten(1)).flatten()
-        new = torch.bincount(cells, minlength=self.counts.numel()).reshape(self.counts.shape).double()
+        new = torch.zeros_like(self.counts)
+        new.view(-1).index_add_(0, cells, torch.ones_like(cells, dtype=new.dtype))
         runtime.current().sum([new])
         self.counts += new
         weight = self.counts + self.prior

@@ -142,7 +142,7 @@ class GlowNetwork(nn.Module):
 def image_coupling(channels: int, width: int, context_dim: int) -> SplitCoupling:
     """The second half of the channels is mapped by a network of the first."""
     mask, bijection = channel_halves(channels, second=False), SigmoidScale()
-    kept = int(mask.sum())
+    kept = sum(mask)
     return SplitCoupling(mask, bijection, GlowNetwork(kept, channels - kept, bijection.size, width, context_dim))
 
 

@@ -85,7 +85,7 @@ class _Images:
         parts: list[Transform] = []
         for i in range(n):
             mask = channel_halves(channels, bool(i % 2))
-            kept = int(mask.sum())
+            kept = sum(mask)
             network = self.network(kept, channels - kept, width)
             parts += [SplitCoupling(mask, Exponential(), network), ActNorm(channels)]
         return parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -190,7 +191,7 @@ class SplitCoupling(Transform):
     """`Coupling` along the first axis of an event (a vector's coordinates, an image's channels), without the zeros.
 
     Args:
-        mask: [n] bool: which of the n coordinates or channels pass as they are, k of them.
+        mask: which of the n coordinates or channels pass as they are, k of them.
         bijection: of the others.
         network: (x [B, k, ...], context [B, context_dim] or None) -> [B, n - k, ..., size].
     """
@@ -199,12 +200,13 @@ class SplitCoupling(Transform):
     moved: Tensor
     back: Tensor
 
-    def __init__(self, mask: Tensor, bijection: Bijection, network: nn.Module) -> None:
+    def __init__(self, mask: Sequence[bool], bijection: Bijection, network: nn.Module) -> None:
         super().__init__()
         self.bijection, self.network = bijection, network
-        self.register_buffer("kept", mask.nonzero()[:, 0])
-        self.register_buffer("moved", (~mask).nonzero()[:, 0])
-        self.register_buffer("back", torch.cat([self.kept, self.moved]).argsort())
+        kept, moved = ([i for i, passes in enumerate(mask) if passes == wanted] for wanted in (True, False))
+        self.register_buffer("kept", torch.tensor(kept))
+        self.register_buffer("moved", torch.tensor(moved))
+        self.register_buffer("back", torch.tensor([*kept, *moved]).argsort())
 
     def _merge(self, kept: Tensor, moved: Tensor) -> Tensor:
         return torch.cat([kept, moved], 1).index_select(1, self.back)
@@ -233,12 +235,12 @@ class VectorNetwork(nn.Module):
         return params.reshape(-1, *self.shape)
 
 
-def vector_coupling(mask: Tensor, bijection: Bijection, network: Network, context_dim: int) -> SplitCoupling:
-    """A coupling of vectors [B, D] by the mask [D].
+def vector_coupling(mask: Sequence[bool], bijection: Bijection, network: Network, context_dim: int) -> SplitCoupling:
+    """A coupling of vectors [B, D] by a mask of D coordinates.
 
     Raises: ValueError when nothing or everything would pass as it is.
     """
-    kept, dims = int(mask.sum()), len(mask)
+    kept, dims = sum(mask), len(mask)
     if not 0 < kept < dims:
         raise ValueError(f"data.shape: a coupling divides the coordinates in two parts, and there are {dims}; use maf")
     return SplitCoupling(mask, bijection, VectorNetwork(network, kept, dims - kept, bijection.size, context_dim))
@@ -248,8 +250,8 @@ def alternating(
     dims: int, layers: int, bijection: Bijection, network: Network, context_dim: int
 ) -> list[SplitCoupling]:
     """Couplings of vectors [B, dims]: the first moves the odd coordinates, the second the even ones, and so on."""
-    odd = torch.arange(dims) % 2 == 1
-    return [vector_coupling(odd if i % 2 else ~odd, bijection, network, context_dim) for i in range(layers)]
+    masks = [[coordinate % 2 == passing for coordinate in range(dims)] for passing in (0, 1)]
+    return [vector_coupling(masks[i % 2], bijection, network, context_dim) for i in range(layers)]
 
 
 class Permutation(Transform):

@@ -115,9 +115,9 @@ def checkerboard(shape: Shape, odd: bool) -> Tensor:
     return (place % 2 == int(odd)).expand(channels, -1, -1).contiguous()
 
 
-def channel_halves(channels: int, second: bool) -> Tensor:
-    """[C] bool: True for the second half of the channels, or for the first."""
-    return (torch.arange(channels) >= channels // 2) == second
+def channel_halves(channels: int, second: bool) -> list[bool]:
+    """For every channel, whether it is of the second half, or of the first."""
+    return [(channel >= channels // 2) == second for channel in range(channels)]
 
 
 def with_planes(x: Tensor, context: Tensor | None) -> Tensor:

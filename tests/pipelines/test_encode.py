@@ -216,7 +216,7 @@ def test_plan_reads_the_codes(done: Params) -> None:
         (
             "{name: autoregressive/made, width: 32}",
             "{name: vae/vae}",
-            r"runs\.prior\.method\.name: vae/vae does not model codes; autoregressive/made does",
+            r"runs\.prior\.method\.name: vae/vae does not model codes; these do: autoregressive/made",
         ),
     ],
 )

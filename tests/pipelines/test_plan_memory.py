@@ -183,9 +183,9 @@ def test_plan_works_for_every_registered_method_on_any_number_of_workers(case: C
     for world, one in found.items():
         assert min(one.peak.values()) >= 0
         assert one.peak["parameters"] >= 4 * sum(one.parameters.values())
-        # the work is divided; what is computed from summed statistics is every worker's
+        # the work is divided; what is computed from summed statistics, or from weights alone, is every worker's
         assert one.flops * world >= found[1].flops * (1 - 1e-6)
-        if case.method not in ("vae/gaussian_mixture", "vae/ppca"):
+        if case.method not in ("vae/gaussian_mixture", "vae/ppca", "flows/i_resnet", "flows/glow"):
             assert one.flops * world == pytest.approx(found[1].flops)
         sent = sum(traffic(counts, world) for _, counts in one.steps)
         assert (sent > 0) == (world > 1)
