@@ -8,7 +8,7 @@ INDEX := $(if $(shell command -v nvidia-smi),,--extra-index-url $(CPU_WHEELS))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: repro test env zoo lint bench drills lock clean
+.PHONY: repro test env zoo lint bench peers drills lock clean
 
 repro: env
 	dvc repro
@@ -44,6 +44,12 @@ bench: env
 	python benchmarks/plan_memory.py
 	python benchmarks/plan_scaling.py
 	python benchmarks/disentanglement.py
+
+# our training steps beside other libraries', which go into a folder of their own
+peers: env
+	pip install -q --no-deps --target .dgm/peers pythae==0.1.2 torch-mimicry==0.1.16 zuko==1.6.0 nflows==0.14
+	PYTHONPATH=.:.dgm/peers python benchmarks/peers.py
+	PYTHONPATH=.:.dgm/peers python benchmarks/flow_peers.py
 
 # every fault; needs Linux and root (or `unshare --user --map-root-user --mount`) for those that need hosts
 drills: env
