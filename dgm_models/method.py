@@ -173,8 +173,6 @@ def resampled(method: Method, settings: Mapping[str, Any]) -> Method:
     found = construct(type(current), {**plain(current), **settings}, "sampling")
     model = copy.deepcopy(method.model)
     model.sampling = found
-    if isinstance(model, Composite):
-        model.prior.sampling = found
     return replace(method, model=model)
 
 

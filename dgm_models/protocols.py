@@ -156,18 +156,15 @@ class Model(nn.Module):
     data: DataSpec
     codec: Codec
     condition: Condition | None
-    sampling: Any
-    evaluations: int
-    estimated: bool
+    sampling: Any = None
+    evaluations: int = 1
+    estimated: bool = False
 
     def __init__(self, data: DataSpec, codec: Codec) -> None:
         super().__init__()
         self.data = data
         self.codec = codec
         self.condition = None
-        self.sampling = None
-        self.evaluations = 1
-        self.estimated = False
 
     def given(self, batch: Batch) -> Tensor | None:
         """The batch's conditions; labels that the model was not built for are passed over."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,15 @@ class Composite(Model):
             raise ValueError(f"the prior models {prior.data}, the decoder's codes are {decoder.code_spec}")
         self.prior, self.decoder = prior, decoder
         self.condition = prior.condition
-        self.sampling = prior.sampling
+
+    @property
+    def sampling(self) -> Any:
+        """The settings of the prior's sampler."""
+        return self.prior.sampling
+
+    @sampling.setter
+    def sampling(self, settings: Any) -> None:
+        self.prior.sampling = settings
 
     @torch.no_grad()
     def sample(self, n: int, rng: torch.Generator, cond: Tensor | None = None) -> Tensor:

@@ -93,15 +93,24 @@ class VariationallyDequantized(Model):
             raise ValueError("dequantization: 'variational' is of whole levels, and this data is real; use uniform")
         super().__init__(flow.data, Discrete(flow.data))
         self.flow, self.space = flow, flow.codec
-        self.posterior = NoisePosterior(flow.data, width)
-        self.condition, self.sampling = flow.condition, flow.sampling
+        self.noise = NoisePosterior(flow.data, width)
+        self.condition = flow.condition
+
+    @property
+    def sampling(self) -> Any:
+        """The settings of the flow's sampler."""
+        return self.flow.sampling
+
+    @sampling.setter
+    def sampling(self, settings: Any) -> None:
+        self.flow.sampling = settings
 
     def log_weights(self, x: Tensor, uniform: Tensor, cond: Tensor | None = None) -> Tensor:
         """[B, K] nats: log p(x + u) - log q(u|x) of stored x [B, *event], u from draws [B, K, *event] in (0, 1)."""
         rows, draws = uniform.shape[:2]
         xs = x.repeat_interleave(draws, 0)
         conds = None if cond is None else cond.repeat_interleave(draws, 0)
-        u, log_q = self.posterior(xs, uniform.flatten(0, 1))
+        u, log_q = self.noise(xs, uniform.flatten(0, 1))
         y, log_det = self.space.place(xs.double() + u.double())
         found: Tensor = self.flow.log_prob(y.to(u.dtype), conds) + log_det.to(u.dtype) - log_q
         return found.reshape(rows, draws)
@@ -124,7 +133,6 @@ class VariationallyDequantized(Model):
     @torch.no_grad()
     def sample(self, n: int, rng: torch.Generator, cond: Tensor | None = None) -> Tensor:
         """[n, *event] int64: the cells of the flow's samples."""
-        self.flow.sampling = self.sampling
         y = self.flow.sample(n, rng, cond)
         self.evaluations = self.flow.evaluations
         return self.space.decode(y).long()

@@ -14,13 +14,13 @@ from dgm_models.flows import i_resnet
 from dgm_models.flows.glow import InvertibleConvolution
 from dgm_models.flows.i_resnet import Lipschitz, LipSwish, ResidualBlock, ResidualFlow, Series
 from dgm_models.flows.mint_net import MintLayer
-from dgm_models.method import Method, build, encoded, fit, load, save
+from dgm_models.method import Method, build, encoded, fit, load, resampled, save
 from dgm_models.nn.dequantize import VariationallyDequantized
 from dgm_models.nn.fixed_point import fixed_point
 from dgm_models.nn.flow import Flow
 from dgm_models.nn.image_flow import MultiScale, Squeeze, checkerboard
 from dgm_models.nn.normalisation import ActNorm
-from dgm_models.protocols import DataSpec
+from dgm_models.protocols import DataSpec, DiagonalPosterior, Latents
 from dgm_models.training.runtime import Runtime
 from dgm_models.training.source import ArraySource
 from dgm_models.training.trainer import Train
@@ -348,18 +348,18 @@ def test_dequantisation_posterior_begins_uniform() -> None:
     method = made("real_nvp", PIXELS, dequantization="variational")
     model = method.model.double()
     uniform = torch.rand(16, 1, 2, 2, dtype=torch.float64)
-    u, log_q = model.posterior(cases.every_state(PIXELS), uniform)
+    u, log_q = model.noise(cases.every_state(PIXELS), uniform)
     assert torch.allclose(u, uniform) and float(log_q.abs().max()) < 1e-12
 
 
 def test_dequantisation_posterior_has_the_density_of_its_draws() -> None:
     model, x = bound_model(0.1), cases.every_state(PIXELS)[5:6]
     uniform = torch.rand(1, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    log_q = model.posterior(x, uniform)[1]
+    log_q = model.noise(x, uniform)[1]
     # u is a function of a uniform draw, whose density is 1: log q = -log|du / d draw|
-    assert float(log_q) == pytest.approx(-slogdet(lambda v: model.posterior(x, v)[0], uniform), abs=1e-9)
+    assert float(log_q) == pytest.approx(-slogdet(lambda v: model.noise(x, v)[0], uniform), abs=1e-9)
     assert abs(float(log_q)) > 0.01
-    other = model.posterior(cases.every_state(PIXELS)[6:7], uniform)[1]
+    other = model.noise(cases.every_state(PIXELS)[6:7], uniform)[1]
     assert float((other - log_q).abs()) > 1e-3  # it reads x
 
 
@@ -378,7 +378,7 @@ def test_dequantisation_bound_is_below_a_distribution_that_sums_to_one() -> None
 def test_uniform_dequantisation_is_a_bound_of_the_same_probability() -> None:
     """With q uniform the weights are log p(x + u), whose mean the uniformly dequantised flow has for its bound."""
     model = bound_model(0.1)
-    for p in model.posterior.parameters():
+    for p in model.noise.parameters():
         nn.init.zeros_(p)
     found = weights(model, 100)
     uniform = torch.rand(16, 100, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -409,3 +409,12 @@ def test_variational_dequantisation_trains_samples_and_loads(name: str, tmp_path
     assert again.model.decode(again.model.encode(x)).equal(x)
     drawn = again.model.sample(5, torch.Generator().manual_seed(0))
     assert drawn.shape == (5, *IMAGE.shape) and drawn.dtype == torch.int64
+
+
+def test_variational_dequantisation_has_latents_without_a_posterior_and_the_sampler_of_its_flow() -> None:
+    """The pictures of an evaluation ask a model with a posterior of latents for it; the noise's posterior is none."""
+    method = build("flows/real_nvp", PIXELS, channels=2, dequantization="variational")
+    assert isinstance(method.model, Latents) and not isinstance(method.model, DiagonalPosterior)
+    cooler = resampled(method, {"temperature": 0.5}).model
+    assert cooler.flow.sampling.temperature == cooler.sampling.temperature == 0.5
+    assert method.model.flow.sampling.temperature == 1.0
