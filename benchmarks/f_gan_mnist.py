@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/mnist"), help="prepared MNIST; made if missing")
     parser.add_argument("--divergences", nargs="+", default=list(DIVERGENCES), choices=list(DIVERGENCES))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
@@ -60,7 +61,7 @@ def main() -> None:
     )
     for name in options.divergences:
         found = []
-        for seed in range(options.seeds):
+        for seed in range(options.first, options.first + options.seeds):
             started = time.time()
             method = dgm_models.build("gan/f_gan", spec, seed=seed, divergence=name, **METHOD)
             dgm_models.fit(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dgm_models import registry
-from dgm_models.construct import ConfigError, checked, construct, defaults, plain
+from dgm_models.construct import ConfigError, checked, construct, convert, defaults, plain
 from dgm_models.nn.composite import Composite
 from dgm_models.objective import Objective
 from dgm_models.protocols import Batch, Codes, DataSpec, Model, capabilities
@@ -69,26 +69,26 @@ def _short(metrics: Metrics) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
-def build(name: str, data: DataSpec, *, seed: int = 0, path: str = "method", **params: Any) -> Method:
+def build(name: str, data: DataSpec, *, seed: int = 0, where: str = "method", **params: Any) -> Method:
     """The method called `name`, with weights drawn by `seed`.
 
     Args:
         name: a row of the registry, such as "gan/wgan_gp".
         data: what is to be modelled.
         seed: of the initial weights.
-        path: where the params stand, for messages.
+        where: the params stand, for messages.
         params: keyword parameters of the method's function; a network is a mapping with a `name`.
     Raises: ConfigError naming the parameter, the value and what is allowed.
     """
     row = registry.row(name)
     sort = f"{data.kind}:{'real' if data.levels is None else 'discrete'}"
     if sort not in row.data:
-        raise ConfigError(f"{path}.name: {name} models {', '.join(row.data)}; this data is {sort}")
+        raise ConfigError(f"{where}.name: {name} models {', '.join(row.data)}; this data is {sort}")
     function = registry.builder(name)
-    arguments = checked(function, params, path, {"data"})
+    arguments = checked(function, params, where, {"data"})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, objective = construct(function, params, path, data=data)
+        model, objective = construct(function, params, where, data=data)
     return Method(name, data, defaults(function, arguments, {"data"}), model, objective)
 
 
@@ -164,13 +164,16 @@ def resampled(method: Method, settings: Mapping[str, Any]) -> Method:
 
     Args:
         method: left as it is.
-        settings: fields of `model.sampling`, such as {"temperature": 0.7}; the others keep their values.
+        settings: fields of `model.sampling`, such as {"temperature": 0.7}; the others keep their values. Where the
+            sampler has a name, another name takes another sampler, with its own defaults.
     Raises: ConfigError when the sampler has no settings, or naming the setting, the value and what is allowed.
     """
     current = method.model.sampling
     if current is None:
         raise ConfigError(f"sampling: the sampler of {method.name} has no settings")
-    found = construct(type(current), {**plain(current), **settings}, "sampling")
+    told = plain(current)
+    other = settings.get("name", told.get("name")) != told.get("name")
+    found = convert(dict(settings) if other else {**told, **settings}, type(current), "sampling")
     model = copy.deepcopy(method.model)
     model.sampling = found
     return replace(method, model=model)
@@ -220,14 +223,14 @@ def load(folder: str | Path) -> Method:
     data = construct(DataSpec, spec["data"], "spec.data")
     if "decoder" in spec:
         told = spec["decoder"]
-        decoder = build(told["method"], data, path="spec.decoder.params", **told["params"])
+        decoder = build(told["method"], data, where="spec.decoder.params", **told["params"])
         decoder.lineage = told["lineage"]
         if not isinstance(decoder.model, Codes):
             raise ConfigError(f"spec.decoder.method: {told['method']} has no codes that a prior could model")
-        prior = build(spec["method"], decoder.model.code_spec, path="spec.params", **spec["params"])
+        prior = build(spec["method"], decoder.model.code_spec, where="spec.params", **spec["params"])
         method = compose(prior, decoder)
     else:
-        method = build(spec["method"], data, path="spec.params", **spec["params"])
+        method = build(spec["method"], data, where="spec.params", **spec["params"])
     method.lineage = spec["lineage"]
     try:
         method.model.load_state_dict(checkpoint.read_tensors(folder, "weights"))

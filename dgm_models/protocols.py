@@ -151,6 +151,7 @@ class Model(nn.Module):
         sampling: the settings of its sampler, a dataclass; None for a model that has none.
         evaluations: how often the network was evaluated for every sample of the last call of `sample`.
         estimated: `log_prob` is an estimate, neither the density nor a bound of it.
+        tightens: more draws make its bound tighter; where not, they make the estimate of one bound less noisy.
     """
 
     data: DataSpec
@@ -159,6 +160,7 @@ class Model(nn.Module):
     sampling: Any = None
     evaluations: int = 1
     estimated: bool = False
+    tightens: bool = True
 
     def __init__(self, data: DataSpec, codec: Codec) -> None:
         super().__init__()
@@ -202,7 +204,7 @@ class Bound(Protocol):
     """A lower bound of the log-density."""
 
     def elbo(self, x: Tensor, rng: torch.Generator, cond: Tensor | None = None, k: int = 1) -> Tensor:
-        """[B] nats; with k > 1 the importance-weighted bound of k draws."""
+        """[B] nats; with k > 1 the importance-weighted bound of k draws, or a less noisy one: see `Model.tightens`."""
         ...
 
 

@@ -47,6 +47,7 @@ _LEVELS = ("image:discrete", "vector:discrete", "codes:discrete")
 _DRAWN = ("samples", "density", "completes")
 _ANY_IMAGE = ("image:discrete", "vector:discrete", "vector:real")
 _REAL = ("vector:real", "codes:real")
+_DIFFUSION = ("samples", "bound", "score")
 _FLOW = ("samples", "density", "latents")
 
 ROWS: tuple[Row, ...] = (
@@ -124,6 +125,7 @@ ROWS: tuple[Row, ...] = (
         _FLOW,
         ("image:discrete", "vector:real"),
     ),
+    Row("diffusion/ddpm", "Ho et al. 2020, arXiv:2006.11239", _DIFFUSION, _ANY_IMAGE),
     Row("flows/mint_net", "Song, Meng, Ermon 2019, arXiv:1907.07945", _FLOW, ("image:discrete", "vector:real")),
 )
 

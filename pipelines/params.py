@@ -593,4 +593,4 @@ def build_method(run: Run, data: DataSpec) -> Method:
     """The untrained method of a run."""
     from dgm_models.method import build
 
-    return build(run.method, data, seed=run.seed, path=f"runs.{run.key}.method", **run.arguments)
+    return build(run.method, data, seed=run.seed, where=f"runs.{run.key}.method", **run.arguments)

@@ -63,6 +63,7 @@ SMALL: dict[str, Any] = {
     "heads": 2,
     "skip_width": 8,
     "first_kernel": 3,
+    "sampler": {"name": "ddim", "steps": 3},
     "dropout": 0.0,  # torch draws it for a whole micro-batch: other micro-batches, other draws
 }
 

@@ -113,7 +113,7 @@ def test_row_refuses_the_data_that_it_does_not_list(name: str) -> None:
             with pytest.raises(
                 ConfigError, match=rf"runs\.x\.method\.name: {name} models .*this data is {kind}:{sort}"
             ):
-                build(name, spec, path="runs.x.method")
+                build(name, spec, where="runs.x.method")
             refused += 1
     assert refused + len(ROWS[name].data) == 2 * len(KINDS)
 
@@ -140,11 +140,11 @@ def test_unknown_key_names_its_path_and_the_nearest_key(case: Case) -> None:
         wrong = swapped(key)
         message = f'runs.x.method.{wrong}: unknown key; did you mean "{key}"?'
         with pytest.raises(ConfigError, match=re.escape(message)):
-            build(case.method, case.spec, path="runs.x.method", **{wrong: 1})
+            build(case.method, case.spec, where="runs.x.method", **{wrong: 1})
     if "network" in keys:
         message = 'runs.x.method.network.widht: unknown key; did you mean "width"?'
         with pytest.raises(ConfigError, match=re.escape(message)):
-            build(case.method, case.spec, path="runs.x.method", network={"name": "mlp", "widht": 8})
+            build(case.method, case.spec, where="runs.x.method", network={"name": "mlp", "widht": 8})
 
 
 def test_unknown_method_names_the_nearest_one() -> None:
