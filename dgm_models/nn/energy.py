@@ -48,4 +48,5 @@ class EnergyBased(Model):
             self.evaluations += 1
             return self.energy(x)
 
-        return self.sampling(energy, self.start(n, rng), rng)
+        x: Tensor = self.sampling(energy, self.start(n, rng), rng)
+        return x
