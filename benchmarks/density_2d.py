@@ -40,12 +40,24 @@ TRAIN = {"steps": 2_000, "batch_size": 256, "average": 0.99}
 # a method's parameters, and what it changes of OPTIM and TRAIN
 RECIPES: dict[str, Mapping[str, Any]] = {
     "nice": {"method": {"network": MLP, "layers": 8, "base": "normal"}},
-    "real_nvp": {"method": {"channels": 64, "blocks": 2, "layers": 16}, "train": {"steps": 4_000}},
-    "neural_spline": {"method": {"network": MLP, "layers": 4, "bins": 16, "bound": 3.5}},
-    "maf": {"method": {"network": MLP, "layers": 4, "components": 8}},
+    "real_nvp": {
+        "method": {"channels": 64, "blocks": 2, "layers": 16},
+        "optim": {"lr": 2e-2},
+        "train": {"steps": 1_500},
+    },
+    "neural_spline": {"method": {"network": MLP, "layers": 4, "bins": 16, "bound": 3.5}, "train": {"steps": 800}},
+    "maf": {"method": {"network": MLP, "layers": 4, "components": 32}, "train": {"steps": 1_500}},
     "iaf": {"method": {"network": MLP, "layers": 10}},
-    "i_resnet": {"method": {"width": 64, "layers": 3, "blocks": 16}, "optim": {"lr": 2e-3}},
-    "mint_net": {"method": {"groups": 32, "layers": 6}, "optim": {"lr": 2e-3}},
+    "i_resnet": {
+        "method": {"width": 64, "layers": 1, "blocks": 24, "lipschitz": 0.99},
+        "optim": {"lr": 2e-2},
+        "train": {"steps": 1_000},
+    },
+    "mint_net": {
+        "method": {"groups": 32, "layers": 8},
+        "optim": {"lr": 3e-2},
+        "train": {"steps": 1_000, "batch_size": 512},
+    },
 }
 
 

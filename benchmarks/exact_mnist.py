@@ -49,8 +49,8 @@ class Recipe:
 
 
 RECIPES = {
-    "fvsbn": Recipe("autoregressive/fvsbn", 40, 0.999, optim={"lr": 5e-3, "weight_decay": 1e-4}),
-    "nade": Recipe("autoregressive/nade", 40, 0.9995, {"width": 500}, {"lr": 1e-3, "weight_decay": 1e-5}),
+    "fvsbn": Recipe("autoregressive/fvsbn", 16, 0.999, optim={"lr": 2e-2, "weight_decay": 1e-4}),
+    "nade": Recipe("autoregressive/nade", 12, 0.9995, {"width": 500}, {"lr": 3e-3, "weight_decay": 1e-5}),
     "made": Recipe(
         "autoregressive/made", 80, 0.9995, {"width": 1000, "depth": 2, "masks": 8, "direct": True},
         {"lr": 1e-3, "weight_decay": 1e-5},

@@ -1,8 +1,8 @@
 """A VQ-VAE on grey MNIST with a prior over its codes: bits/dim of the two as one model, a bound.
 
-The decoder's likelihood is a logistic that is integrated over each of the 256 levels' cells, so that log p(x|codes) is a
-probability of the stored image. Once the VQ-VAE is trained its nearest codes of every training image are data of their
-own, and a gated PixelCNN is trained on them. Two bounds of log p(x) are told:
+The decoder's likelihood is a logistic that is integrated over each of the 256 levels' cells, so that p(x|codes) is a
+probability of the stored image. Once the VQ-VAE is trained its nearest codes of every training image are data of
+their own, and a gated PixelCNN is trained on them. Two bounds of log p(x) are told:
 
 - by draws, as the evaluation stage tells them: an importance-weighted bound with soft codes;
 - by the nearest codes c of an image: log p(x|c) + log p(c), one term of the sum over codes, in its two parts.
@@ -28,7 +28,7 @@ from pipelines.data.prepare import prepare
 from pipelines.stages.encode import codes_of
 
 VQ_VAE = {"width": 32, "blocks": 1, "halvings": 2, "codebook_size": 64, "code_dim": 16}
-PRIOR = {"width": 64, "blocks": 4, "first_kernel": 5}
+PRIOR = {"width": 32, "blocks": 4, "first_kernel": 5}
 CHUNK = 250
 
 
@@ -49,9 +49,9 @@ def parts(method: dgm_models.Method, prior: dgm_models.Method, x: torch.Tensor) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/mnist"), help="prepared MNIST; made if missing")
-    parser.add_argument("--steps", type=int, default=3_000)
+    parser.add_argument("--steps", type=int, default=1_500)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--prior-steps", type=int, default=3_000)
+    parser.add_argument("--prior-steps", type=int, default=1_500)
     parser.add_argument("--prior-lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--validate-every", type=int, default=500)
@@ -67,7 +67,7 @@ def main() -> None:
         prepare({"name": "mnist"}, options.data)
     train, valid, test = (shards.load(options.data, split).x for split in ("train", "valid", "test"))
     test = test[: options.test]
-    common = {"seed": options.seed, "batch_size": options.batch, "average": 0.999, "keep": "best",
+    common = {"seed": options.seed, "batch_size": options.batch, "average": 0.99, "keep": "best",
               "validate_every": options.validate_every, "report_every": options.validate_every,
               "threads": options.threads,
               "report": lambda step, m: print(step, {k: round(v, 3) for k, v in m.items()}, flush=True)}  # fmt: skip

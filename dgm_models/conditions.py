@@ -1,4 +1,4 @@
-"""What a sample can be asked for: a label, or an image computed from the example, such as its edges.
+"""What a sample can be asked for: a label, the words of its name, or an image computed from the example.
 
 A condition is a function of a stored example, its label and its key: no dataset has to hold it, and training,
 evaluation and a user's own rows get it in one way.
@@ -6,6 +6,7 @@ evaluation and a user's own rows get it in one way.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -25,7 +26,7 @@ class Condition(Choice):
 
     @classmethod
     def choices(cls) -> Mapping[str, type]:
-        return {condition.name: condition for condition in (Label, Edges, Masked)}
+        return {condition.name: condition for condition in (Label, Caption, Edges, Masked)}
 
     def spec(self, data: DataSpec) -> DataSpec:
         """What one condition is. Raises ValueError when the data cannot have it."""
@@ -36,10 +37,10 @@ class Condition(Choice):
 
         Args:
             data: what x is.
-            x: [B, *event] as stored.
+            x: [B, *event] as stored; conditions that are tokens do not look at it.
             labels: [B] int64, or None.
             key: [B] int64, for conditions that are drawn.
-        Returns: [B] int64 where the spec is tokens, otherwise [B, *spec.shape] float32 in about [-1, 1].
+        Returns: int64 [B] of a label and [B, T] of T tokens, otherwise [B, *spec.shape] float32 in about [-1, 1].
         Raises: ValueError when labels are needed and not there.
         """
         raise NotImplementedError
@@ -60,6 +61,48 @@ class Label(Condition):
         if labels is None:
             raise ValueError("cond: label: these examples have no labels")
         return labels.long()
+
+
+@dataclass(frozen=True)
+class Caption(Condition):
+    """The words of the class's name, such as "small heart left top": a token each, and 0 after the last one."""
+
+    name: ClassVar[str] = "caption"
+
+    def spec(self, data: DataSpec) -> DataSpec:
+        if data.classes < 2 or not data.class_names:
+            raise ValueError(
+                "cond: caption needs data whose classes have names, such as {name: shapes, captions: true}"
+            )
+        words, rows = _vocabulary(data.class_names)
+        return DataSpec("tokens", (len(rows[0]),), len(words) + 1)
+
+    def of(self, data: DataSpec, x: Tensor, labels: Tensor | None, key: Tensor) -> Tensor:
+        if labels is None:
+            raise ValueError("cond: caption: these examples have no labels, whose names the captions are")
+        _, rows = _vocabulary(data.class_names)
+        return torch.tensor(rows, device=labels.device)[labels.long()]
+
+    def read(self, data: DataSpec, text: str) -> Tensor:
+        """[T] int64: a user's words. Raises ValueError for a word that no name has, and for too many of them."""
+        words, rows = _vocabulary(data.class_names)
+        said, length = text.lower().split(), len(rows[0])
+        known = {word: number for number, word in enumerate(words, 1)}
+        if unknown := [word for word in said if word not in known]:
+            raise ValueError(f"caption: {unknown[0]!r} is none of the words {', '.join(words)}")
+        if not 1 <= len(said) <= length:
+            raise ValueError(f"caption: {len(said)} words; 1 to {length}, such as {data.class_names[0]!r}")
+        return torch.tensor([known[word] for word in said] + [0] * (length - len(said)))
+
+
+@functools.cache
+def _vocabulary(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+    """The words of all names, sorted, and every name as tokens: a word's number from 1, and 0 up to one length."""
+    captions = [name.lower().split() for name in names]
+    words = sorted({word for caption in captions for word in caption})
+    known, length = {word: number for number, word in enumerate(words, 1)}, max(map(len, captions))
+    rows = tuple(tuple(known[word] for word in caption) + (0,) * (length - len(caption)) for caption in captions)
+    return tuple(words), rows
 
 
 @dataclass(frozen=True)

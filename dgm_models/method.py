@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dgm_models import registry
 from dgm_models.construct import ConfigError, checked, construct, convert, defaults, plain
-from dgm_models.nn.composite import Composite
+from dgm_models.nn.composite import Composite, composite
 from dgm_models.objective import Objective
 from dgm_models.protocols import Batch, Codes, DataSpec, Model, capabilities
 from dgm_models.training import checkpoint
@@ -155,7 +155,7 @@ def compose(prior: Method, decoder: Method) -> Method:
 
     Raises: ValueError when the prior does not model the decoder's codes.
     """
-    model = Composite(prior.model, decoder.model).eval()
+    model = composite(prior.model, decoder.model).eval()
     return replace(prior, data=decoder.data, model=model, decoder=decoder)
 
 
@@ -202,7 +202,9 @@ def save(method: Method, folder: str | Path, *, lineage: Mapping[str, Any] | Non
     }
     if method.decoder:
         decoder = method.decoder
+        assert isinstance(method.model, Composite)
         spec["decoder"] = {
+            "codes": plain(asdict(method.model.prior.data)),
             "method": decoder.name,
             "params": decoder.params,
             "lineage": decoder.lineage,
@@ -227,7 +229,8 @@ def load(folder: str | Path) -> Method:
         decoder.lineage = told["lineage"]
         if not isinstance(decoder.model, Codes):
             raise ConfigError(f"spec.decoder.method: {told['method']} has no codes that a prior could model")
-        prior = build(spec["method"], decoder.model.code_spec, where="spec.params", **spec["params"])
+        codes = construct(DataSpec, told["codes"], "spec.decoder.codes")
+        prior = build(spec["method"], codes, where="spec.params", **spec["params"])
         method = compose(prior, decoder)
     else:
         method = build(spec["method"], data, where="spec.params", **spec["params"])

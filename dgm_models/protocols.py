@@ -18,6 +18,8 @@ from dgm_models import noise
 if TYPE_CHECKING:
     from dgm_models.codecs import Codec
     from dgm_models.conditions import Condition
+    from dgm_models.ops.annealing import Bracket
+    from dgm_models.ops.restoration import Observation
 
 Kind = Literal["image", "vector", "tokens", "codes", "audio"]
 KINDS: tuple[str, ...] = ("image", "vector", "tokens", "codes", "audio")
@@ -34,6 +36,7 @@ class DataSpec:
         classes: number of class labels, 0 without labels.
         location, scale: for real data, the affine map (x - location) / scale that the codec applies: one number each,
             or one for every value of a vector.
+        class_names: one a class, or empty.
     """
 
     kind: Kind
@@ -42,9 +45,11 @@ class DataSpec:
     classes: int = 0
     location: float | tuple[float, ...] = 0.0
     scale: float | tuple[float, ...] = 1.0
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "class_names", tuple(self.class_names))
         for name in ("location", "scale"):
             if isinstance(getattr(self, name), list | tuple):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -58,6 +63,8 @@ class DataSpec:
             raise ValueError(f"data.levels: {self.levels!r} is below 2 (None means real numbers)")
         if self.classes < 0:
             raise ValueError(f"data.classes: {self.classes!r} is negative")
+        if self.class_names and len(self.class_names) != self.classes:
+            raise ValueError(f"data.class_names: {len(self.class_names)} names for {self.classes} classes")
         for name, numbers in (("location", self.location), ("scale", self.scale)):
             if isinstance(numbers, tuple) and self.shape != (len(numbers),):
                 raise ValueError(f"data.{name}: {len(numbers)} numbers for values of shape {self.shape!r}")
@@ -218,6 +225,15 @@ class Energy(Protocol):
 
 
 @runtime_checkable
+class Bracketed(Protocol):
+    """An energy whose normaliser can be enclosed."""
+
+    def bracket_log_z(self, chains: int, temperatures: int, rng: torch.Generator) -> Bracket:
+        """Stochastic bounds of log Z, nats, from either end of an annealing."""
+        ...
+
+
+@runtime_checkable
 class Score(Protocol):
     """The gradient of the log-density of data with noise."""
 
@@ -258,16 +274,25 @@ class Completes(Protocol):
 
 
 @runtime_checkable
+class Restores(Protocol):
+    """Draws an example from its distribution given what is seen of it."""
+
+    def restore(self, seen: Observation, rng: torch.Generator, cond: Tensor | None = None) -> Tensor:
+        """[B, *event] in model space, without gradient, for the B rows of the observation."""
+        ...
+
+
+@runtime_checkable
 class Codes(Protocol):
-    """Data as whole numbers: what a prior is trained on, and what turns the prior's samples into data."""
+    """Data as codes, whole numbers or real ones: what a prior is trained on, and what makes data of its samples."""
 
     @property
     def code_spec(self) -> DataSpec:
-        """What the codes of one example are, as data: kind "codes"."""
+        """What the codes of one example are, as data: kind "codes"; location and scale are those of a data set."""
         ...
 
-    def codes(self, x: Tensor) -> Tensor:
-        """[B, *code_spec.shape] int64: the codes of model-space x."""
+    def codes(self, x: Tensor, key: Tensor | None = None) -> Tensor:
+        """[B, *code_spec.shape]: the codes of model-space x, int64 or real ones: drawn by keys [B], or their means."""
         ...
 
     def draw_codes(self, x: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -300,6 +325,7 @@ CAPABILITIES: dict[str, type] = {
     "score": Score,
     "latents": Latents,
     "completes": Completes,
+    "restores": Restores,
     "codes": Codes,
     "features": Features,
 }

@@ -47,14 +47,16 @@ _LEVELS = ("image:discrete", "vector:discrete", "codes:discrete")
 _DRAWN = ("samples", "density", "completes")
 _ANY_IMAGE = ("image:discrete", "vector:discrete", "vector:real")
 _REAL = ("vector:real", "codes:real")
-_DIFFUSION = ("samples", "bound", "score")
+_DIFFUSION = ("samples", "bound", "score", "restores")
 _FLOW = ("samples", "density", "latents")
+_VAE = ("samples", "bound", "latents", "codes")
+_VECTORS_FIRST = ("vector:real", "vector:discrete", "image:discrete")
 
 ROWS: tuple[Row, ...] = (
-    Row("vae/vae", "Kingma and Welling 2014, arXiv:1312.6114", ("samples", "bound", "latents"), _ANY_IMAGE),
-    Row("vae/beta_vae", "Higgins et al. 2017, ICLR", ("samples", "bound", "latents"), _ANY_IMAGE),
-    Row("vae/iwae", "Burda et al. 2016, arXiv:1509.00519", ("samples", "bound", "latents"), _ANY_IMAGE),
-    Row("vae/non_amortised", "Hoffman et al. 2013, arXiv:1206.7051", ("samples", "bound", "latents"), _ANY_IMAGE),
+    Row("vae/vae", "Kingma and Welling 2014, arXiv:1312.6114", _VAE, _ANY_IMAGE),
+    Row("vae/beta_vae", "Higgins et al. 2017, ICLR", _VAE, _ANY_IMAGE),
+    Row("vae/iwae", "Burda et al. 2016, arXiv:1509.00519", _VAE, _ANY_IMAGE),
+    Row("vae/non_amortised", "Hoffman et al. 2013, arXiv:1206.7051", _VAE, _ANY_IMAGE),
     Row(
         "vae/gaussian_mixture",
         "Dempster, Laird, Rubin 1977; Cappe and Moulines 2009, arXiv:0712.4273",
@@ -126,7 +128,67 @@ ROWS: tuple[Row, ...] = (
         ("image:discrete", "vector:real"),
     ),
     Row("diffusion/ddpm", "Ho et al. 2020, arXiv:2006.11239", _DIFFUSION, _ANY_IMAGE),
+    Row(
+        "diffusion/ncsn",
+        "Song and Ermon 2019, arXiv:1907.05600; Song and Ermon 2020, arXiv:2006.09011",
+        _DIFFUSION,
+        _ANY_IMAGE,
+    ),
+    Row("diffusion/latent_diffusion", "Rombach et al. 2022, arXiv:2112.10752", _DIFFUSION, ("codes:real",)),
+    Row("diffusion/score_sde", "Song et al. 2021, arXiv:2011.13456", _DIFFUSION, _ANY_IMAGE),
+    Row("diffusion/edm", "Karras et al. 2022, arXiv:2206.00364", _DIFFUSION, _ANY_IMAGE),
+    Row(
+        "diffusion/flow_matching",
+        "Lipman et al. 2023, arXiv:2210.02747; Tong et al. 2024, arXiv:2302.00482",
+        _DIFFUSION,
+        _ANY_IMAGE,
+    ),
+    Row(
+        "diffusion/consistency",
+        "Song et al. 2023, arXiv:2303.01469; Song and Dhariwal 2024, arXiv:2310.14189",
+        ("samples",),
+        _ANY_IMAGE,
+    ),
     Row("flows/mint_net", "Song, Meng, Ermon 2019, arXiv:1907.07945", _FLOW, ("image:discrete", "vector:real")),
+    Row(
+        "energy/contrastive_divergence",
+        "Hinton 2002; Du and Mordatch 2019, arXiv:1903.08689",
+        ("samples", "energy", "restores"),
+        _ANY_IMAGE,
+    ),
+    Row(
+        "energy/persistent_cd",
+        "Tieleman 2008; Du and Mordatch 2019, arXiv:1903.08689",
+        ("samples", "energy", "restores"),
+        _ANY_IMAGE,
+    ),
+    Row("energy/rbm", "Smolensky 1986; Hinton 2002; Tieleman 2008", ("samples", "energy"), _LEVELS),
+    Row(
+        "energy/exponential_family",
+        "Koopman 1936; Barndorff-Nielsen 1978",
+        ("samples", "density"),
+        (*_REAL, *_LEVELS),
+    ),
+    Row("energy/score_matching", "Hyvarinen 2005", ("samples", "energy", "restores"), _VECTORS_FIRST),
+    Row("energy/denoising_score_matching", "Vincent 2011", ("samples", "energy", "restores"), _VECTORS_FIRST),
+    Row(
+        "energy/sliced_score_matching",
+        "Song et al. 2019, arXiv:1905.07088",
+        ("samples", "energy", "restores"),
+        _VECTORS_FIRST,
+    ),
+    Row(
+        "energy/noise_contrastive",
+        "Gutmann and Hyvarinen 2010",
+        ("samples", "density", "energy", "restores"),
+        _VECTORS_FIRST,
+    ),
+    Row(
+        "energy/flow_contrastive",
+        "Gao et al. 2020, arXiv:1912.00589",
+        ("samples", "density", "energy"),
+        _VECTORS_FIRST,
+    ),
 )
 
 # what the pipeline trains but no leaderboard ranks

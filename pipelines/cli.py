@@ -105,6 +105,9 @@ def sample(
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A .png grid or a .npy array.")] = None,
     label: Annotated[int | None, typer.Option(help="Of a model asked by label: this one; every one in turn.")] = None,
+    caption: Annotated[
+        str | None, typer.Option(help="Of a model asked by caption: its words, such as 'small heart left top'.")
+    ] = None,
     like: Annotated[
         str | None, typer.Option(help="Of a model asked by image: examples, as `likelihood` reads.")
     ] = None,
@@ -130,7 +133,7 @@ def sample(
     if like:
         x = stage_module.sample_like(method, like, seed)
     else:
-        x = dgm_models.sample(method, n, seed, cond=labelled(method, n, label))
+        x = dgm_models.sample(method, n, seed, cond=labelled(method, n, label, caption))
     _write_samples(out, x, lambda: pictures.grid(x, method.data))
     evaluations = method.model.evaluations
     typer.echo(f"{out}: {len(x)} samples of {method.name}, seed {seed}, network evaluations for each: {evaluations}")
@@ -149,7 +152,7 @@ def complete(
     set_: Set = None,
 ) -> None:
     """Draw what is missing of examples from a model that can complete them; the known part stays as it is."""
-    from dgm_models.sampling import labelled
+    from dgm_models.sampling import labels_of
     from pipelines.stages import rows as reading
     from pipelines.stages import sample as stage_module
 
@@ -158,12 +161,48 @@ def complete(
     x, labels = reading.read(rows, method)
     x, labels = x[:n], None if labels is None else labels[:n]
     if label is not None:
-        labels = labelled(method, len(x), label)
+        labels = labels_of(method, len(x), label)
     mask = stage_module.known_part(known, method.data)
     drawn, mask = stage_module.completed(method, x, labels, mask[:n] if mask.ndim == x.ndim else mask, draws, seed)
     _write_samples(out, drawn, lambda: stage_module.completions(x, mask, drawn, method.data))
     typer.echo(
         f"{out}: {len(x)} rows, {draws} completions each by {method.name}, seed {seed}, "
+        f"network evaluations for each: {method.model.evaluations}"
+    )
+
+
+@app.command(rich_help_panel=USE)
+def restore(
+    target: Target,
+    file: Annotated[str, typer.Argument(help="An image file.")],
+    task: Annotated[str, typer.Option(help="inpaint, super_resolve, colourise or denoise.")],
+    out: Annotated[Path, typer.Option(help="A .png: the input and the draws; each draw goes beside it. Or a .npy.")],
+    mask: Annotated[str | None, typer.Option(help="Of inpaint: an image, white where the picture is painted.")] = None,
+    factor: Annotated[int | None, typer.Option(help="Of super_resolve: how many times larger.")] = None,
+    noise: Annotated[float, typer.Option(help="Standard deviation of the pixels' noise, of 0 to 255.")] = 0.0,
+    n: Annotated[int, typer.Option(min=1, help="How many draws.")] = 4,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    label: Annotated[int | None, typer.Option(help="Of a model asked by label: this one; every one in turn.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=0, help="Backward passes an evaluation that spread what is seen; 0 for none.")
+    ] = None,
+    set_: Set = None,
+) -> None:
+    """Paint a hole, enlarge, colour or denoise your own picture with a trained model of such pictures."""
+    from pipelines import files
+    from pipelines.stages import restore as stage_module
+
+    _picture_or_array(out)
+    method = _method(target, set_)
+    job = stage_module.job_of(method.data, file, task, mask, factor, noise)
+    drawn = stage_module.restored(method, job, n, seed, label, rounds)
+    if out.suffix == ".png":
+        for path, content in stage_module.files_of(job, drawn, method.data, out).items():
+            files.write_bytes(path, content)
+    else:
+        _write_samples(out, drawn, lambda: b"")
+    typer.echo(
+        f"{out}: {task} of {file}, {n} draws by {method.name}, seed {seed}, "
         f"network evaluations for each: {method.model.evaluations}"
     )
 
@@ -210,13 +249,16 @@ def likelihood(
     rows: Rows,
     importance: Annotated[int, typer.Option(min=1, help="Draws of the bound, for models that have one.")] = 32,
     seed: Annotated[int, typer.Option(help="Of dequantisation and draws.")] = 0,
+    ode: Annotated[
+        bool, typer.Option(help="Of a diffusion model: the estimate by its probability-flow ODE, not its bound.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="A .csv of every row's log-likelihood and rank.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say how probable rows are under a model: log p, bits/dim, and a rank among held-out rows."""
     from pipelines.stages import likelihood as stage_module
 
-    found = stage_module.likelihood(target, rows, importance, seed, out)
+    found = stage_module.likelihood(target, rows, importance, seed, out, ode)
     _say(found, as_json, stage_module.words(found))
 
 
@@ -416,12 +458,16 @@ def prepare(dataset: Annotated[str, typer.Argument(help="A key of `datasets`.")]
 def encode(codes: Annotated[str, typer.Argument(help="A key of `codes`.")]) -> None:
     """A run with codes and its dataset -> data/<codes>/: every row as codes, and the decoder beside them."""
     from pipelines import paths
+    from pipelines.data import shards
     from pipelines.stages.encode import encode_stage
 
     params = _params()
     _key("codes", codes, params.codes)
     manifest = encode_stage(codes, paths.data(codes), params)
-    typer.echo(f"{codes}: {dict(manifest.rows)} rows of {list(manifest.shape)} codes out of {manifest.levels}")
+    whole = shards.read_manifest(paths.data(params.codes[codes].dataset)).spec()
+    sort = f"codes out of {manifest.levels}" if manifest.levels else "real codes"
+    sizes = f"{manifest.spec().dims} for the {whole.dims} values of an example"
+    typer.echo(f"{codes}: {dict(manifest.rows)} rows of {list(manifest.shape)} {sort}, {sizes}")
 
 
 @app.command(rich_help_panel=STAGES)

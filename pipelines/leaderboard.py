@@ -15,6 +15,7 @@ Schema of a row, in `dgm leaderboard --json` and in report/leaderboard.json:
         extractor: str | null, extractor_sha256: str | null     whose features were compared
         flag: bool              of "copies" alone: the test says that training rows are returned
         of: int                 of "modes" alone: how many there are
+        chains, temperatures: int   of "log_z/*", "nll/lower", "nll/upper" and their bits per dimension alone
         factors: [[str, float]] of "mig/*" and "dci/informativeness": each factor's own gap, or R^2
     }}
 
@@ -116,8 +117,12 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 
 def metric(row: Row, base: str) -> dict[str, Any] | None:
-    """A row's entry of "fid" under whichever extractor it has, the dataset's own first; None without one."""
-    names = [base, f"{base}/{row['dataset']}", *(name for name in row["metrics"] if name.startswith(f"{base}/"))]
+    """A row's entry of "fid" under whichever extractor it has, the dataset's own first; None without one.
+
+    What else follows a slash makes another metric: "nll/ode" is no "nll".
+    """
+    compared = [name for name, entry in row["metrics"].items() if entry["extractor"] and name.startswith(f"{base}/")]
+    names = [base, f"{base}/{row['dataset']}", *compared]
     return next((row["metrics"][name] for name in names if name in row["metrics"]), None)
 
 
@@ -169,7 +174,9 @@ def number(entry: Mapping[str, Any]) -> tuple[str, str]:
 
 
 COLUMNS = {"fid": "FID", "kid": "KID", "precision": "precision", "recall": "recall", "bits_per_dim": "bits/dim",
-           "nll": "nll", "copies": "copies", "evaluations_per_sample": "evaluations"}  # fmt: skip
+           "bits_per_dim/ode": "bits/dim by ODE", "nll": "nll", "nll/ode": "nll by ODE", "copies": "copies",
+           "evaluations_per_sample": "evaluations"}  # fmt: skip
+_LIKELIHOODS = ("nll", "bits_per_dim")
 
 
 def shown(rows: Iterable[Row], bases: Iterable[str]) -> list[str]:
@@ -181,8 +188,9 @@ def shown(rows: Iterable[Row], bases: Iterable[str]) -> list[str]:
 
 
 def kind(base: str, entry: Mapping[str, Any]) -> str | None:
-    """What kind of number it is where that is worth saying: an estimate is what all are, and a count is a count."""
-    return None if entry["kind"] == "estimate" or base == "evaluations_per_sample" else str(entry["kind"])
+    """What kind of number it is where that is worth saying: all but likelihoods are estimates, a count is a count."""
+    told = base.split("/")[0] in _LIKELIHOODS or entry["kind"] != "estimate"
+    return str(entry["kind"]) if told and base != "evaluations_per_sample" else None
 
 
 def table(rows: Iterable[Row]) -> str:

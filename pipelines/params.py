@@ -235,7 +235,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Coded:
-    """A dataset that a trained run makes of its own: every row as that run's codes.
+    """A dataset that a trained run makes of its own: every row as that run's codes, or its latents.
 
     Args:
         run: whose method has codes.
@@ -253,11 +253,18 @@ class Evaluation:
     Args:
         max_samples: samples compared, at most; the smaller of this and the split's size is used by every row.
         importance: draws of the importance-weighted bound.
+        ode_rows: rows whose likelihood is estimated by the probability-flow ODE of a diffusion model, beside its
+            bound; 0 for none. All of them together take about 50 to 250 passes of the network forward and back.
+        chains: of annealing from either end, for the bracket of log Z of a model with an energy; a multiple of 20.
+        temperatures: of the annealing; with more of them the bracket is closer.
         seed: of sampling and of the bound's noise.
     """
 
     max_samples: Positive = 10000
     importance: Positive = 32
+    ode_rows: NonNegative = 64
+    chains: Positive = 100
+    temperatures: Positive = 500
     seed: NonNegative = 0
 
 
@@ -447,10 +454,12 @@ def _check_codes(key: str, coded: Coded, runs: Mapping[str, Run]) -> None:
         raise ConfigError(f"{path}.run: {coded.run} is a {source.method}, which has no codes; {able} have")
     if source.dataset != coded.dataset:
         raise ConfigError(f"{path}.dataset: {coded.dataset!r}; runs.{coded.run} is on {source.dataset!r}")
+    latents = "latents" in registry.row(source.method).capabilities
+    sort, words = ("codes:real", "real codes") if latents else ("codes:discrete", "whole codes")
     for run in runs.values():
-        if run.dataset == key and "codes:discrete" not in registry.row(run.method).data:
-            able = ", ".join(row.name for row in registry.ROWS if "codes:discrete" in row.data)
-            raise ConfigError(f"runs.{run.key}.method.name: {run.method} does not model codes; these do: {able}")
+        if run.dataset == key and sort not in registry.row(run.method).data:
+            able = ", ".join(row.name for row in registry.ROWS if sort in row.data)
+            raise ConfigError(f"runs.{run.key}.method.name: {run.method} does not model {words}; these do: {able}")
 
 
 @dataclass(frozen=True)

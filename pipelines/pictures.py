@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -74,8 +75,7 @@ def table(x: Tensor, data: DataSpec, columns: int, hidden: Tensor | None = None)
     shape = tile(data)
     if shape is None:
         raise ValueError(f"an example of kind {data.kind} and shape {data.shape} is no picture")
-    highest = (data.levels or 256) - 1
-    pixels = (x.reshape(len(x), *shape).double().numpy() * (255.0 / highest)).round().clip(0, 255).astype(np.uint8)
+    pixels = _pixels(x, data, shape)
     channels, height, width = shape
     canvas = np.full((math.ceil(len(pixels) / columns) * (height + 1) + 1, columns * (width + 1) + 1, 3), 128, np.uint8)
     covered = None if hidden is None else hidden.reshape(len(x), *shape).any(1).numpy()
@@ -92,6 +92,23 @@ def table(x: Tensor, data: DataSpec, columns: int, hidden: Tensor | None = None)
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()
+
+
+def single(x: Tensor, data: DataSpec) -> bytes:
+    """A PNG of one stored image [C, H, W], a pixel for a pixel."""
+    from PIL import Image
+
+    (pixels,) = _pixels(x[None], data, (x.shape[0], x.shape[1], x.shape[2]))
+    stream = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0) if len(pixels) == 3 else pixels[0]).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _pixels(x: Tensor, data: DataSpec, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
+    """[N, C, H, W] of stored examples [N, *event]: the highest level is 255."""
+    highest = (data.levels or 256) - 1
+    values = x.reshape(len(x), *shape).double().numpy() * (255.0 / highest)
+    return values.round().clip(0, 255).astype(np.uint8)
 
 
 def _panels(sets: Sequence[Tensor], titles: Sequence[str]) -> bytes:

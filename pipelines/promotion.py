@@ -195,7 +195,7 @@ def _apart(champion: Evaluation | None, challenger: Evaluation, gate: Gate) -> s
     for metric in filter(None, (gate.metric, gate.coverage)):
         ours, theirs = champion.row(metric, gate.split), challenger.row(metric, gate.split)
         assert ours is not None and theirs is not None
-        for key in ("n", "extractor_sha256"):
+        for key in ("kind", "n", "extractor_sha256"):  # a bound beside an estimate says nothing of which is lower
             if ours.get(key) != theirs.get(key):
                 return f"{key} of {metric} differs: {_pair(champion, ours.get(key), challenger, theirs.get(key))}"
     return _features_apart(champion, challenger)

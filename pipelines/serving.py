@@ -40,12 +40,14 @@ class Ask:
         seed: of the list of samples.
         format: a grid as PNG, or numpy's array file in the stored type.
         label: of a model asked by label: for all samples; every label in turn without one.
+        caption: of a model asked by caption: its words, for all samples.
     """
 
     n: Positive = 64
     seed: NonNegative = 0
     format: Literal["png", "npy"] = "png"
     label: NonNegative | None = None
+    caption: str | None = None
 
     def __post_init__(self) -> None:
         if self.n > MOST:
@@ -79,7 +81,8 @@ class Sampler:
         from dgm_models.sampling import labelled
         from pipelines import pictures
 
-        x = dgm_models.sample(self.method, ask.n, ask.seed, cond=labelled(self.method, ask.n, ask.label))
+        cond = labelled(self.method, ask.n, ask.label, ask.caption)
+        x = dgm_models.sample(self.method, ask.n, ask.seed, cond=cond)
         if ask.format == "png":
             return pictures.grid(x, self.method.data)
         stream = io.BytesIO()

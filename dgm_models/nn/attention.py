@@ -1,4 +1,4 @@
-"""Causal self-attention, and the transformer that is made of it."""
+"""Self-attention, causal and not, and the transformer that is made of the causal one."""
 
 from __future__ import annotations
 
@@ -67,6 +67,38 @@ class CausalAttention(nn.Module):
         pairs[0, :, :, place], pairs[1, :, :, place] = key[:, :, 0], value[:, :, 0]
         keys, values = pairs[:, :, :, : place + 1]
         out: Tensor = self.outward(F.scaled_dot_product_attention(query, keys, values).flatten(1))
+        return out
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(width / heads)) v over all places, and over tokens beside them.
+
+    Args:
+        width: of inputs and outputs.
+        heads: attend each for themselves, to width / heads coordinates.
+        tokens_dim: of the tokens, whose keys and values stand beside those of the places; 0 without tokens.
+    Raises: ValueError when heads do not divide width.
+
+    Source: Vaswani et al. 2017, section 3.2, arXiv:1706.03762; for the tokens Nichol et al. 2021, arXiv:2112.10741.
+    """
+
+    def __init__(self, width: int, heads: int, tokens_dim: int = 0) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads: {heads} do not divide width {width}")
+        self.heads = heads
+        self.inward = nn.Linear(width, 3 * width)
+        self.told = nn.Linear(tokens_dim, 2 * width) if tokens_dim else None
+        self.outward = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """[B, P, width] from x [B, P, width] and tokens [B, T, tokens_dim], if it was built for them."""
+        queries, keys, values = self.inward(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.told is not None:
+            more = self.told(tokens).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            keys, values = torch.cat([keys, more[0]], 2), torch.cat([values, more[1]], 2)
+        y = F.scaled_dot_product_attention(queries, keys, values)  # [B, heads, P, width / heads]
+        out: Tensor = self.outward(y.transpose(1, 2).flatten(2))
         return out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +16,56 @@ from dgm_models.nn.conditioner import check
 from dgm_models.nn.layers import Activation, activation
 from dgm_models.protocols import DataSpec
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
 
 class Backbone(Choice):
     """The contract of a params section such as `network: {name: unet, channels: 64}`.
 
     Attributes:
         embed_dim: of the vector that says how noisy x is and what is asked for.
+        waves: how many sines and cosines say how noisy x is.
     """
 
     @classmethod
     def choices(cls) -> Mapping[str, type]:
-        return {backbone.name: backbone for backbone in (NoisyMlp,)}
+        from dgm_models.nn.dit import DiT  # their files need this one
+        from dgm_models.nn.unet import UNet
+
+        return {backbone.name: backbone for backbone in (NoisyMlp, UNet, DiT)}
 
     @property
     def embed_dim(self) -> int:
         raise NotImplementedError
 
-    def build(self, shape: tuple[int, ...], out_shape: tuple[int, ...]) -> nn.Module:
+    @property
+    def waves(self) -> int:
+        return self.embed_dim
+
+    def build(self, shape: tuple[int, ...], out_shape: tuple[int, ...], tokens: bool = False) -> nn.Module:
         """A module (x [B, *shape], embedding [B, embed_dim], tokens [B, T, embed_dim] or None) -> [B, *out_shape].
 
-        Its last layer begins at 0. Modules that do not read tokens pass them over: the embedding holds their mean.
+        Its last layer begins at 0. Without `tokens` it is given None. Modules that do not read tokens pass them over:
+        the embedding holds their mean.
+
+        Raises: ValueError for shapes that the network does not take.
         """
         raise NotImplementedError
+
+
+def sides(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
+    """Channels, height and width of an image's shape. Raises ValueError for another one, naming the network."""
+    if len(shape) != 3:
+        raise ValueError(f"network.name: {name} takes images [C, H, W], not {shape}; use mlp")
+    channels, height, width = shape
+    return channels, height, width
+
+
+def zeroed(layer: Layer) -> Layer:
+    """The layer with all its parameters 0."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 def sinusoidal(c: Tensor, dim: int, period: float = 10_000.0) -> Tensor:
@@ -59,15 +87,18 @@ class Embedding(nn.Module):
         dim: of the vector.
         condition, data: what can be asked for, of what; a label or a sequence of tokens. An image is joined to x.
         optional: the condition can be left out for some examples (`keep`), which guidance needs.
+        waves: how many sines and cosines say how noisy x is; `dim` by default.
     """
 
-    def __init__(self, dim: int, condition: Condition | None, data: DataSpec, optional: bool) -> None:
+    def __init__(
+        self, dim: int, condition: Condition | None, data: DataSpec, optional: bool, waves: int | None = None
+    ) -> None:
         super().__init__()
-        self.dim = dim
+        self.waves = waves or dim
         self.condition = condition
         spec = condition.spec(data) if condition else None
         self.spec = spec
-        self.noise = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.noise = nn.Sequential(nn.Linear(self.waves, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.planes = spec.shape[0] if spec and spec.kind == "image" else 0
         self.table = nn.Embedding(spec.levels, dim) if spec and spec.kind == "tokens" and spec.levels else None
         sequence = self.table is not None and spec is not None and spec.shape[0] > 1
@@ -77,7 +108,7 @@ class Embedding(nn.Module):
     def forward(self, c: Tensor, cond: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """c [B], cond, keep [B] bool or None (all) -> (vector [B, dim], tokens [B, T, dim] or None)."""
         check(self.condition, cond)
-        vector: Tensor = self.noise(sinusoidal(c, self.dim))
+        vector: Tensor = self.noise(sinusoidal(c, self.waves))
         if self.table is None or cond is None:
             return vector, None
         tokens: Tensor = self.table(cond if cond.ndim == 2 else cond[:, None])  # [B, T, dim]
@@ -116,10 +147,10 @@ class Denoiser(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.outputs, self.shape = outputs, data.shape
-        self.embedding = Embedding(backbone.embed_dim, condition, data, optional)
+        self.embedding = Embedding(backbone.embed_dim, condition, data, optional, backbone.waves)
         channels, *rest = data.shape
         joined = (channels + self.embedding.planes, *rest)
-        self.body = backbone.build(joined, (outputs * channels, *rest))
+        self.body = backbone.build(joined, (outputs * channels, *rest), self.embedding.places is not None)
 
     def forward(self, x: Tensor, c: Tensor, cond: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """[B, outputs, *event].
@@ -148,7 +179,7 @@ class NoisyMlp(Backbone):
     def embed_dim(self) -> int:
         return self.width
 
-    def build(self, shape: tuple[int, ...], out_shape: tuple[int, ...]) -> nn.Module:
+    def build(self, shape: tuple[int, ...], out_shape: tuple[int, ...], tokens: bool = False) -> nn.Module:
         return _Mlp(self, math.prod(shape), out_shape)
 
 
@@ -161,9 +192,7 @@ class _Mlp(nn.Module):
         self.told = nn.ModuleList(nn.Linear(width, width) for _ in range(settings.depth))
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(settings.depth - 1))
         self.act = activation(settings.activation)
-        self.last = nn.Linear(width, math.prod(out_shape))
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.last = zeroed(nn.Linear(width, math.prod(out_shape)))
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
         h = self.act(self.first(x.flatten(1)) + self.told[0](embedding))

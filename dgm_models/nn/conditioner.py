@@ -29,8 +29,10 @@ class Conditioner(nn.Module):
         network: turns an image into the vector of `vector`. Without one, an image can only be joined; a
             player that does not call `vector` gives none, so that it has no parameter without a gradient.
     Attributes:
-        vector_dim: the length of `vector`: the number of classes, or 64 for an image; 0 without a condition.
-        planes: what `join` appends: the number of classes, or the image's channels; 0 without a condition.
+        vector_dim: the length of `vector`: the number of classes, that of tokens times that of their values, or 64 for
+            an image; 0 without a condition.
+        planes: what `join` appends: as many as the vector has for labels and tokens, or the image's channels; 0
+            without a condition.
     Raises: ValueError when the data cannot have the condition.
     """
 
@@ -41,7 +43,7 @@ class Conditioner(nn.Module):
         self.vector_dim = self.planes = 0
         self.network: nn.Module | None = None
         if self.spec and self.spec.kind == "tokens":
-            self.vector_dim = self.planes = self.spec.levels or 0
+            self.vector_dim = self.planes = self.spec.dims * (self.spec.levels or 0)
         elif self.spec:
             self.planes = self.spec.shape[0]
             if network:
@@ -49,11 +51,11 @@ class Conditioner(nn.Module):
                 self.network = network.down(self.spec.shape, IMAGE_DIM)
 
     def vector(self, cond: Tensor | None) -> Tensor:
-        """[B, vector_dim]: one-hot for labels, a network's output for images. Not without a condition."""
+        """[B, vector_dim]: one-hot for labels and for each token, a network's output for images."""
         check(self.condition, cond)
         assert cond is not None and self.spec is not None
         if self.spec.kind == "tokens":
-            return (cond[:, None] == torch.arange(self.planes, device=cond.device)).float()
+            return (cond[..., None] == torch.arange(self.spec.levels or 0, device=cond.device)).flatten(1).float()
         assert self.network is not None
         found: Tensor = self.network(cond)
         return found

@@ -26,7 +26,7 @@ def context_dim(condition: Condition | None, data: DataSpec, network: Network | 
         return 0
     spec = condition.spec(data)
     if spec.kind == "tokens":
-        return spec.levels or 0
+        return spec.dims * (spec.levels or 0)
     if network is None:
         raise ValueError(f"cond: {condition.name} is an image, and this method has no network for images; use a label")
     return IMAGE_DIM

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from dgm_models import noise
 from dgm_models.codecs import centred, discrete
 from dgm_models.conditions import Condition
 from dgm_models.nn.conditioner import Conditioner, check
@@ -48,6 +49,7 @@ class LatentVariable(Model):
         super().__init__(data, discrete(data))
         self.condition = condition
         self.latent_dim = latent_dim
+        self.code_spec = DataSpec("codes", network.places(data.shape, latent_dim), None, data.classes, class_names=data.class_names)
         self.likelihood = likelihood(name, data)
         self.conditioner = Conditioner(condition, data, network)
         if amortised:
@@ -67,7 +69,7 @@ class LatentVariable(Model):
         flat: Tensor = self.decoder(self.conditioner.with_vector(z, cond))
         return flat.reshape(len(z), self.likelihood.num_params, *self.data.shape)
 
-    def log_likelihood(self, x: Tensor, z: Tensor, cond: Tensor | None = None) -> Tensor:
+    def log_likelihoods(self, x: Tensor, z: Tensor, cond: Tensor | None = None) -> Tensor:
         """log p(x|z, c) [B, K] nats of K codes for every example, z [B, K, latent_dim], in one pass."""
         rows, draws = z.shape[:2]
         xs = x.repeat_interleave(draws, 0)
@@ -89,7 +91,7 @@ class LatentVariable(Model):
         weights = []
         for eps in self._draws(x, q[0], rng, k):
             z = reparametrised(q, eps)
-            weights.append(self.log_likelihood(x, z, cond) + log_ratio(z, q))
+            weights.append(self.log_likelihoods(x, z, cond) + log_ratio(z, q))
         return torch.cat(weights, 1).logsumexp(1) - math.log(k)
 
     def prior_estimate(self, x: Tensor, rng: torch.Generator, k: int, cond: Tensor | None = None) -> Tensor:
@@ -99,7 +101,7 @@ class LatentVariable(Model):
         """
         check(self.condition, cond)
         like = next(self.decoder.parameters()).new_empty(len(x), self.latent_dim)
-        found = [self.log_likelihood(x, z, cond) for z in self._draws(x, like, rng, k)]
+        found = [self.log_likelihoods(x, z, cond) for z in self._draws(x, like, rng, k)]
         return torch.cat(found, 1).logsumexp(1) - math.log(k)
 
     def _draws(self, x: Tensor, like: Tensor, rng: torch.Generator, k: int) -> Iterator[Tensor]:
@@ -114,6 +116,27 @@ class LatentVariable(Model):
         check(self.condition, cond)
         z = torch.randn(n, self.latent_dim, generator=rng, device=rng.device)
         return self.likelihood.sample(self.outputs(z, cond), rng)
+
+    # ---- latents as codes, for a prior that is trained on them
+
+    @torch.no_grad()
+    def codes(self, x: Tensor, key: Tensor | None = None) -> Tensor:
+        mean, log_variance = self.posterior(x)
+        eps = torch.zeros_like(mean) if key is None else noise.normal(key, "codes", mean.shape[1:], mean.dtype)
+        return reparametrised((mean, log_variance), eps).reshape(len(x), *self.code_spec.shape)
+
+    def draw_codes(self, x: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        q = self.posterior(x)
+        eps = torch.randn(q[0].shape, generator=rng, device=rng.device, dtype=q[0].dtype)
+        log_q = -0.5 * (eps.square() + q[1] + math.log(2 * math.pi)).sum(1)
+        return reparametrised(q, eps).reshape(len(x), *self.code_spec.shape), log_q
+
+    def log_likelihood(self, x: Tensor, codes: Tensor) -> Tensor:
+        return self.likelihood.log_prob(self.outputs(codes.flatten(1)), x)
+
+    @torch.no_grad()
+    def decode_codes(self, codes: Tensor, rng: torch.Generator) -> Tensor:
+        return self.likelihood.sample(self.outputs(codes.flatten(1)), rng)
 
     @torch.no_grad()
     def encode(self, x: Tensor, cond: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 
 from dgm_models.construct import Choice, NonNegative, Positive, PositiveFloat
 from dgm_models.nn import stylegan2
+from dgm_models.nn.grid import grid_down, grid_up, halved
 from dgm_models.nn.layers import Activation, Norm, activation, halvings, normalisation
 from dgm_models.nn.residual import DownBlock, MeanPool, UpBlock, glorot
 
@@ -21,7 +22,11 @@ class Network(Choice):
 
     @classmethod
     def choices(cls) -> Mapping[str, type]:
-        return {network.name: network for network in (Mlp, Conv, Dcgan, Residual, StyleGan2)}
+        return {network.name: network for network in (Mlp, Conv, Dcgan, Residual, StyleGan2, Grid)}
+
+    def places(self, shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
+        """The shape that a vector of `dim` numbers about [*shape] has: where neighbours in it are neighbours in x."""
+        return (dim,)
 
     def down(self, shape: tuple[int, ...], out_dim: int) -> nn.Module:
         """[B, *shape] -> [B, out_dim]."""
@@ -140,6 +145,39 @@ class Dcgan(Network):
             layers += [normalisation(self.norm_up, before), nn.ReLU()]
             layers += [nn.ConvTranspose2d(before, after, 4, 2, 1, output_padding=odd, bias=plain or last)]
         return nn.Sequential(*layers).apply(_dcgan_weights)
+
+
+@dataclass(frozen=True)
+class Grid(Network):
+    """Convolutions between an image and a smaller grid, whose [channels, h, w] are the vector: it keeps its places.
+
+    Args:
+        width, blocks: channels and residual blocks.
+        halvings: of both sides.
+    """
+
+    name: ClassVar[str] = "grid"
+    width: Positive = 64
+    blocks: NonNegative = 1
+    halvings: Positive = 1
+
+    def places(self, shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
+        if len(shape) != 3:
+            raise ValueError(f"network.name: grid takes images [C, H, W], not {shape}; use mlp")
+        height, width = halved(shape, self.halvings)
+        if dim % (height * width):
+            raise ValueError(f"network: {dim} numbers are no grid of {height} x {width}; use {height * width} or a multiple")
+        return dim // (height * width), height, width
+
+    def down(self, shape: tuple[int, ...], out_dim: int) -> nn.Module:
+        channels = self.places(shape, out_dim)[0]
+        return nn.Sequential(grid_down(shape[0], self.width, self.halvings, self.blocks, channels), nn.Flatten())
+
+    def up(self, in_dim: int, shape: tuple[int, ...]) -> nn.Module:
+        places = self.places(shape, in_dim)
+        return nn.Sequential(
+            nn.Unflatten(1, places), grid_up(places[0], self.width, self.halvings, self.blocks, shape[0])
+        )
 
 
 def _dcgan_weights(layer: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Vector quantisation: codebooks, how they follow the data, the shell of models with codes, and networks of grids."""
+"""Vector quantisation: codebooks, how they follow the data, and the shell of models with codes."""
 
 from __future__ import annotations
 
@@ -154,7 +154,8 @@ class Quantized(Model):
         super().__init__(data, discrete(data))
         self.likelihood = likelihood(name, data)
         self.quantizers = nn.ModuleList(quantizers)
-        self.code_spec = DataSpec("codes", shape, quantizers[0].size, data.classes)
+        size, names = quantizers[0].size, data.class_names
+        self.code_spec = DataSpec("codes", shape, size, data.classes, class_names=names)
 
     def levels(self, x: Tensor, pick: Pick) -> list[Level]:
         """What the encoder makes of model-space x [B, *event]; `pick` gives the codes [B, n] of vectors [B, n, D]."""
@@ -169,7 +170,7 @@ class Quantized(Model):
         raise NotImplementedError
 
     @torch.no_grad()
-    def codes(self, x: Tensor) -> Tensor:
+    def codes(self, x: Tensor, key: Tensor | None = None) -> Tensor:
         return torch.cat([level.codes for level in self.levels(x, Quantizer.nearest)], 1).reshape(
             len(x), *self.code_spec.shape
         )
@@ -187,7 +188,7 @@ class Quantized(Model):
 
     def outputs_of(self, codes: Tensor) -> Tensor:
         """The likelihood's params [B, num_params, *event] of codes [B, *code_spec.shape]."""
-        parts = torch.split(codes.flatten(1), self.sizes(), 1)
+        parts = torch.split(codes.long().flatten(1), self.sizes(), 1)
         return self.outputs([codebook(part) for codebook, part in zip(self.quantizers, parts, strict=True)])
 
     def log_likelihood(self, x: Tensor, codes: Tensor) -> Tensor:
@@ -357,47 +358,6 @@ class Quantization(Objective):
             seen.clear()
             level = model.levels(batch.x, Quantizer.nearest)[index]
             quantizer.spread.copy_((level.z - quantizer(level.codes)).square().mean())
-
-
-# ---- networks of grids
-
-
-def halved(shape: tuple[int, ...], halvings: int) -> tuple[int, int]:
-    """The height and width of an image [C, H, W] after so many halvings. Raises ValueError when they do not divide."""
-    _, height, width = shape
-    most = 0
-    while height % 2 ** (most + 1) == 0 and width % 2 ** (most + 1) == 0:
-        most += 1
-    if halvings > most:
-        raise ValueError(f"{halvings} halvings do not divide {height} x {width}; use at most {most}")
-    return height // 2**halvings, width // 2**halvings
-
-
-class Residual(nn.Module):
-    """x + conv1x1(relu(conv3x3(relu(x))))."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, 1, 1), nn.ReLU(), nn.Conv2d(width, width, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)  # type: ignore[no-any-return]
-
-
-def grid_down(channels: int, width: int, halvings: int, blocks: int, out: int) -> nn.Module:
-    """[B, channels, H, W] -> [B, out, H / 2^halvings, W / 2^halvings]."""
-    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1)]
-    for _ in range(halvings):
-        layers += [nn.ReLU(), nn.Conv2d(width, width, 4, 2, 1)]
-    return nn.Sequential(*layers, *(Residual(width) for _ in range(blocks)), nn.ReLU(), nn.Conv2d(width, out, 1))
-
-
-def grid_up(channels: int, width: int, doublings: int, blocks: int, out: int) -> nn.Module:
-    """[B, channels, h, w] -> [B, out, h * 2^doublings, w * 2^doublings]."""
-    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1), *(Residual(width) for _ in range(blocks))]
-    for _ in range(doublings):
-        layers += [nn.ReLU(), nn.ConvTranspose2d(width, width, 4, 2, 1)]
-    return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(width, out, 3, 1, 1))
 
 
 def to_vectors(grid: Tensor) -> Tensor:

@@ -37,18 +37,24 @@ class Grid:
 
 
 class Path(Choice):
-    """The contract of a params section such as `path: {name: cosine}`.
-
-    Attributes:
-        first: the smallest time at which a network is trained and evaluated.
-        chain: steps of the chain whose variational bound is taken.
-    """
-
-    first: ClassVar[float] = 1e-3
+    """The contract of a params section such as `path: {name: cosine}`. sigma / alpha rises with t."""
 
     @property
-    def chain(self) -> int:
-        return 1000
+    def first(self) -> float:
+        """The smallest time at which a network is trained and evaluated."""
+        return 1e-3
+
+    @property
+    def chain(self) -> Grid:
+        """The steps whose variational bound is taken: log(1 + snr) rises by the same amount in each of 1000.
+
+        Of normal data every step then tells the same number of nats, and both ends are finite for every path. Steps
+        that are uniform in t double the noise in one step where sigma is near 0.
+        """
+        low, high = self.snr(torch.tensor([1.0, self.first], dtype=torch.float64)).log1p().tolist()
+        t = self._when(torch.linspace(low, high, 1000, dtype=torch.float64).expm1().rsqrt())
+        t[0], t[-1] = 1.0, self.first
+        return self.at(t)
 
     @classmethod
     def choices(cls) -> Mapping[str, type]:
@@ -74,7 +80,7 @@ class Path(Choice):
             steps: evaluations of the network.
             spacing: "uniform" in t, or "quadratic": t is the square of something uniform, denser near data.
         """
-        u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] if steps == 1 else _down(steps)
+        u = torch.linspace(1, 0, steps, dtype=torch.float64)
         return self.at(self.first + (1 - self.first) * (u if spacing == "uniform" else u.square()))
 
     def at(self, t: Tensor) -> Grid:
@@ -86,9 +92,19 @@ class Path(Choice):
         """alpha^2 / sigma^2."""
         return (self.alpha(t) / self.sigma(t)).square()
 
+    def ratio(self, t: Tensor) -> Tensor:
+        """r = sigma / (alpha + sigma) at times t: the time of the straight path; rises with t."""
+        sigma = self.sigma(t)
+        return sigma / (self.alpha(t) + sigma)
 
-def _down(steps: int) -> Tensor:
-    return torch.linspace(1, 0, steps, dtype=torch.float64)
+    def when(self, r: Tensor | float) -> Tensor:
+        """The times in [0, 1], float64, at which `ratio` is r; the nearer end for an r that the path has not."""
+        r = torch.as_tensor(r, dtype=torch.float64)
+        return self._when(r / (1 - r)).clamp(0, 1)
+
+    def _when(self, noise: Tensor) -> Tensor:
+        """The times at which sigma / alpha is `noise`, which may be infinite, in float64."""
+        raise NotImplementedError
 
 
 class Tabulated(Path):
@@ -97,8 +113,12 @@ class Tabulated(Path):
     length: int
 
     @property
-    def chain(self) -> int:
-        return self.length
+    def first(self) -> float:
+        return 1 / self.length
+
+    @property
+    def chain(self) -> Grid:
+        return self.grid(self.length)
 
     def squares(self) -> Tensor:
         """[length + 1] float64: alpha^2 after each number of steps, 1 at first."""
@@ -112,6 +132,12 @@ class Tabulated(Path):
 
     def sigma(self, t: Tensor) -> Tensor:
         return (1 - self.alpha(t).square()).sqrt()
+
+    def _when(self, noise: Tensor) -> Tensor:
+        rising = -self.squares().log().to(noise.device)
+        found = noise.square().log1p().clamp(max=rising[-1])  # -log alpha^2 of a path that preserves variance
+        above = torch.searchsorted(rising, found).clamp(min=1)
+        return (above - (rising[above] - found) / (rising[above] - rising[above - 1])) / self.length
 
     def draw(self, u: Tensor) -> Tensor:
         """One of the chain's steps."""
@@ -178,6 +204,10 @@ class VariancePreserving(Path):
     beta_min: PositiveFloat = 0.1
     beta_max: PositiveFloat = 20.0
 
+    def __post_init__(self) -> None:
+        if self.beta_min > self.beta_max:
+            raise ValueError(f"beta_min: {self.beta_min:g} is above beta_max, {self.beta_max:g}")
+
     def _log_square(self, t: Tensor) -> Tensor:
         t = t.double()
         return -(self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t.square())
@@ -187,6 +217,14 @@ class VariancePreserving(Path):
 
     def sigma(self, t: Tensor) -> Tensor:
         return (-torch.expm1(self._log_square(t))).sqrt()
+
+    def _when(self, noise: Tensor) -> Tensor:
+        return self._at_log_square(-noise.square().log1p())
+
+    def _at_log_square(self, value: Tensor) -> Tensor:
+        """The times at which log alpha^2 is `value`: the root of a quadratic, in the form that does not cancel."""
+        lost = -value.clamp(min=-1e6)
+        return 2 * lost / (self.beta_min + (self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * lost).sqrt())
 
 
 @dataclass(frozen=True)
@@ -201,6 +239,9 @@ class SubVariancePreserving(VariancePreserving):
     def sigma(self, t: Tensor) -> Tensor:
         return -torch.expm1(self._log_square(t))
 
+    def _when(self, noise: Tensor) -> Tensor:  # alpha is the root of alpha^2 + noise alpha - 1
+        return self._at_log_square(2 * (2 / (noise + (noise.square() + 4).sqrt())).log())
+
 
 @dataclass(frozen=True)
 class VarianceExploding(Path):
@@ -210,18 +251,24 @@ class VarianceExploding(Path):
     """
 
     name: ClassVar[str] = "variance_exploding"
-    first: ClassVar[float] = 0.0
     sigma_min: PositiveFloat = 0.01
     sigma_max: PositiveFloat = 50.0
 
     def __post_init__(self) -> None:
         _ordered(self.sigma_min, self.sigma_max)
 
+    @property
+    def first(self) -> float:
+        return 0.0  # there is noise at time 0: sigma_min
+
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t, dtype=torch.float64)
 
     def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_min * (t.double() * math.log(self.sigma_max / self.sigma_min)).exp()
+
+    def _when(self, noise: Tensor) -> Tensor:
+        return (noise / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
 
 
 @dataclass(frozen=True)
@@ -232,13 +279,16 @@ class Karras(Path):
     """
 
     name: ClassVar[str] = "karras"
-    first: ClassVar[float] = 0.0
     sigma_min: PositiveFloat = 0.002
     sigma_max: PositiveFloat = 80.0
     rho: PositiveFloat = 7.0
 
     def __post_init__(self) -> None:
         _ordered(self.sigma_min, self.sigma_max)
+
+    @property
+    def first(self) -> float:
+        return 0.0  # there is noise at time 0: sigma_min
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t, dtype=torch.float64)
@@ -248,10 +298,9 @@ class Karras(Path):
         found: Tensor = (low + t.double() * (high - low)) ** self.rho
         return found
 
-    def time(self, sigma: Tensor) -> Tensor:
-        """The time at which the noise is sigma."""
+    def _when(self, noise: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        found: Tensor = (sigma.double() ** (1 / self.rho) - low) / (high - low)
+        found: Tensor = (noise ** (1 / self.rho) - low) / (high - low)
         return found
 
 
@@ -269,6 +318,12 @@ class Straight(Path):
 
     def sigma(self, t: Tensor) -> Tensor:
         return t.double()
+
+    def when(self, r: Tensor | float) -> Tensor:
+        return torch.as_tensor(r, dtype=torch.float64).clamp(0, 1)
+
+    def _when(self, noise: Tensor) -> Tensor:
+        return 1 / (1 + 1 / noise)
 
 
 def _ordered(sigma_min: float, sigma_max: float) -> None:

@@ -42,7 +42,7 @@ class ImportanceWeighted(Objective):
         z = reparametrised(q, batch.normal("posterior", (self.importance, model.latent_dim)))
         doubly = self.gradient == "doubly_reparametrised" and z.requires_grad
         still = (q[0].detach(), q[1].detach()) if doubly else q
-        log_weights = model.log_likelihood(batch.x, z, cond) + log_ratio(z, still)  # [B, K]
+        log_weights = model.log_likelihoods(batch.x, z, cond) + log_ratio(z, still)  # [B, K]
         bound = log_weights.logsumexp(1) - math.log(self.importance)
         if doubly:  # the bound's gradient holds v once; what goes on to the encoder gets it twice
             normalised = log_weights.detach().softmax(1)[..., None]

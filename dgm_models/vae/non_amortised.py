@@ -57,7 +57,7 @@ class NonAmortised(LatentVariable):
             mean, log_variance = q
             eps = noise.normal(key, f"inner/{step}", (1, self.latent_dim), q.dtype)
             z = reparametrised((mean, log_variance), torch.cat([eps, -eps], 1))  # a pair: odd noise cancels
-            reconstruction = self.log_likelihood(x, z, cond).mean(1)
+            reconstruction = self.log_likelihoods(x, z, cond).mean(1)
             (slope,) = torch.autograd.grad((kl_to_standard_normal(mean, log_variance) - reconstruction).sum(), q)
             first = FIRST * first + (1 - FIRST) * slope
             second = SECOND * second + (1 - SECOND) * slope**2

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dgm_models.codecs import centred
 from dgm_models.construct import Fraction, NonNegative, NonNegativeFloat, Positive, Range
+from dgm_models.nn.grid import grid_down, grid_up, halved
 from dgm_models.nn.quantize import (
     Learning,
     Level,
@@ -17,9 +18,6 @@ from dgm_models.nn.quantize import (
     Quantization,
     Quantized,
     Quantizer,
-    grid_down,
-    grid_up,
-    halved,
     to_grid,
     to_vectors,
 )

@@ -148,9 +148,13 @@ def unusable(search: Search, reason: str) -> Measured:
 
 
 def row_of(name: str, rows: list[Row]) -> Row | None:
-    """The row of a metric: "fid" is "fid/<extractor>", "nll" of a model with a condition is "nll_given/<condition>"."""
+    """The row of a metric: "fid" is "fid/<extractor>", "nll" of a model with a condition is "nll_given/<condition>".
+
+    An estimate such as "nll/ode" stands for no other number.
+    """
     names = (name, f"{name}_given")
-    return next((row for row in rows if row["metric"] == name or row["metric"].split("/")[0] in names), None)
+    own = [row for row in rows if row["metric"].split("/")[0] in names and not row["metric"].endswith("/ode")]
+    return next((row for row in rows if row["metric"] == name or row in own), None)
 
 
 def value_of(name: str, rows: list[Row]) -> float:

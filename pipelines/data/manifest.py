@@ -90,7 +90,7 @@ class Manifest:
 
     def spec(self) -> DataSpec:
         """What one example is, as the library wants to know it."""
-        return DataSpec(self.kind, self.shape, self.levels, self.classes, self.location, self.scale)
+        return DataSpec(self.kind, self.shape, self.levels, self.classes, self.location, self.scale, self.class_names)
 
     @property
     def digest(self) -> str:

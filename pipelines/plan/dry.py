@@ -192,6 +192,9 @@ def _on_fakes(ledger: Ledger) -> Iterator[None]:
         with _disable_current_modes():  # the numbers of the ranks are needed
             return init_device_mesh(*arguments)
 
+    def gathered(runtime: Runtime, tensor: Tensor) -> Tensor:
+        return torch.cat([tensor] * runtime.world)  # every rank's share is of the size of this one's
+
     propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def unseen(*arguments: Any) -> Any:
@@ -201,6 +204,7 @@ def _on_fakes(ledger: Ledger) -> Iterator[None]:
     with (
         patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen),
         patch.object(nn.Module, "to", stay),
+        patch.object(Runtime, "gather", gathered),
         patch.object(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata),  # fakes have no address
         patch.object(shard_module, "init_device_mesh", mesh),
         patch.object(FakeTensor, "__deepcopy__", copied, create=True),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from dgm_models import noise
 from dgm_models.codecs import Standardized
-from dgm_models.likelihood import log_prob
+from dgm_models.likelihood import Kind, log_prob, ode_log_prob, unnormalised_log_prob
 from dgm_models.method import resampled
 from dgm_models.metrics import coverage, disentanglement, frechet, inception, kernel, likelihood, modes, two_sample
 from dgm_models.metrics.estimate import Estimate
+from dgm_models.nn.diffusion import Diffusion
 from dgm_models.nn.tempering import Tempering
-from dgm_models.protocols import Bound, DataSpec, Density, DiagonalPosterior, Features, Latents
+from dgm_models.protocols import Bound, Bracketed, DataSpec, Density, DiagonalPosterior, Features, Latents
 from dgm_models.sampling import conditions, sample
 from pipelines import files, paths, pictures
 from pipelines.params import Evaluation, Params
@@ -196,20 +198,57 @@ def likelihoods(rows: Rows, method: Method, x: Tensor, labels: Tensor | None, se
     """Negative log-likelihood, bits/dim and ELBO of stored x, each labelled by what it is, into `rows`.
 
     A model with a condition is given each example's own. Those are other numbers than log p(x): they are rows
-    such as "nll_given/label".
+    such as "nll_given/label". Estimates by the probability-flow ODE, of the first rows, are rows such as "nll/ode":
+    a bound and an estimate never share a name.
+    """
+    model = method.model
+    given = f"_given/{model.condition.name}" if model.condition else ""
+
+    def add(nats: Tensor, kind: Kind, how: str = "") -> None:
+        rows.add(f"nll{given}{how}", likelihood.mean_estimate(-nats), "nats", kind, False)
+        if method.data.levels is not None:
+            bits = likelihood.mean_estimate(likelihood.bits_per_dim(-nats, method.data.dims))
+            rows.add(f"bits_per_dim{given}{how}", bits, "bits/dim", kind, False)
+
+    def told() -> None:
+        if isinstance(model, Bound) and not isinstance(model, Density):
+            elbo, kind = log_prob(method, x, labels, 1, settings.seed)
+            rows.add(f"elbo{given}", likelihood.mean_estimate(elbo), "nats", kind, False)
+        add(*log_prob(method, x, labels, settings.importance, settings.seed))
+
+    def by_ode() -> None:
+        first = None if labels is None else labels[: settings.ode_rows]
+        add(*ode_log_prob(method, x[: settings.ode_rows], first, seed=settings.seed), "/ode")
+
+    if isinstance(model, Density | Bound):
+        rows.attempt("nll", told)
+    if isinstance(model, Diffusion) and settings.ode_rows:
+        rows.attempt("nll/ode", by_ode)
+
+
+def bracketed(rows: Rows, method: Method, x: Tensor, settings: Evaluation) -> None:
+    """Bounds of log Z, and with them of the likelihood of stored x, into `rows`: never one number.
+
+    "lower" is a stochastic bound; the lower NLL is the flattering side. "upper" is an estimate of one: its chains start
+    at samples of the model, and it is too low by at most the divergence of these from the model.
     """
     model, dims = method.model, method.data.dims
-    given = f"_given/{model.condition.name}" if model.condition else ""
-    if not isinstance(model, Density | Bound):
-        return
-    if not isinstance(model, Density):
-        elbo, kind = log_prob(method, x, labels, 1, settings.seed)
-        rows.add(f"elbo{given}", likelihood.mean_estimate(elbo), "nats", kind, False)
-    nats, kind = log_prob(method, x, labels, settings.importance, settings.seed)
-    rows.add(f"nll{given}", likelihood.mean_estimate(-nats), "nats", kind, False)
-    if method.data.levels is not None:
-        bits = likelihood.mean_estimate(likelihood.bits_per_dim(-nats, dims))
-        rows.add(f"bits_per_dim{given}", bits, "bits/dim", kind, False)
+    assert isinstance(model, Bracketed)
+    rng = torch.Generator().manual_seed(noise.digest("log_z", settings.seed))
+    found = model.bracket_log_z(settings.chains, settings.temperatures, rng)
+    energy = likelihood.mean_estimate(-unnormalised_log_prob(method, x, settings.seed))
+    sides: dict[str, tuple[Tensor, Kind]] = {"lower": (found.lower, "bound"), "upper": (found.upper, "estimate")}
+    for side, (groups, kind) in sides.items():
+        log_z = replace(likelihood.mean_estimate(groups), n=settings.chains)
+        half = math.hypot(energy.high - energy.value, log_z.high - log_z.value)  # two independent errors
+        value = energy.value + log_z.value
+        nll = Estimate(value, value - half, value + half, energy.n)
+        bits = Estimate(*(each / (dims * math.log(2)) for each in (nll.value, nll.low, nll.high)), nll.n)
+        told = {"log_z": (log_z, "nats"), "nll": (nll, "nats"), "bits_per_dim": (bits, "bits/dim")}
+        for metric, (estimate, unit) in told.items():
+            if metric != "bits_per_dim" or method.data.levels is not None:
+                rows.add(f"{metric}/{side}", estimate, unit, kind, False)
+                rows.rows[-1] |= {"chains": settings.chains, "temperatures": settings.temperatures}
 
 
 def accuracy(method: Method, x: Tensor, labels: Tensor) -> Estimate:
@@ -415,7 +454,10 @@ def evaluate(
     else:
         reason = f"{dataset} has no extractor, and {method.data.dims} raw dimensions are more than {RAW_DIMS}"
         rows.refused.append({"metric": "fid", "reason": reason})
-    rows.attempt("nll", lambda: likelihoods(rows, method, held_out, there.cond, settings))
+    likelihoods(rows, method, held_out, there.cond, settings)
+    normalised = isinstance(method.model, Density) and not method.model.estimated
+    if isinstance(method.model, Bracketed) and not normalised:
+        rows.attempt("log_z", lambda: bracketed(rows, method, held_out, settings))
     known = there.cond
     if isinstance(method.model, Features) and known is not None:
         rows.attempt(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ from pipelines.stages.rows import read
 from pipelines.stages.sample import locate
 
 HELD_OUT = 1000  # rows of valid that a row is ranked among, at most
+HELD_OUT_ODE = 256  # of them by the ODE, which takes 50 to 250 passes forward and back
 
 
-def likelihood(target: str, rows: str, importance: int, seed: int, out: Path | None) -> dict[str, Any]:
+def likelihood(
+    target: str, rows: str, importance: int, seed: int, out: Path | None, ode: bool = False
+) -> dict[str, Any]:
     """The mean log-likelihood of rows with its interval, and each row's rank.
 
     Args:
@@ -30,11 +35,13 @@ def likelihood(target: str, rows: str, importance: int, seed: int, out: Path | N
         seed: of dequantisation and of the draws.
         out: gets one line a row: number, nats, bits/dim, rank. The rank is the share of held-out rows that are less
             probable than the row: near 0 for an outlier. Nothing without a prepared dataset of the model.
+        ode: by the probability-flow ODE of a diffusion model, an estimate, in place of its bound.
     Returns: {model, method, rows, kind, n, importance, nats: {value, low, high}, bits_per_dim or None, outliers}.
         `outliers` is the share of rows less probable than 99% of the held-out rows, None without them.
     Raises: ValueError that names the rows and what is expected.
     """
     import dgm_models
+    from dgm_models.likelihood import ode_log_prob
     from dgm_models.metrics.likelihood import bits_per_dim, mean_estimate
     from dgm_models.protocols import Density
 
@@ -43,10 +50,14 @@ def likelihood(target: str, rows: str, importance: int, seed: int, out: Path | N
     with tempfile.TemporaryDirectory(prefix="dgm-") as folder:
         method = dgm_models.load(locate(target, Path(folder)))
     x, labels = read(rows, method)
-    nats, kind = dgm_models.log_prob(method, x, labels, importance, seed)
+    if ode:
+        told = functools.partial(ode_log_prob, method, seed=seed)
+    else:
+        told = functools.partial(dgm_models.log_prob, method, importance=importance, seed=seed)
+    nats, kind = told(x, labels)
     levels = method.data.levels
     bits = None if levels is None else bits_per_dim(-nats, method.data.dims)
-    ranks = rank(nats, held_out(method, importance, seed))
+    ranks = rank(nats, held_out(method, told, HELD_OUT_ODE if ode else HELD_OUT))
     if out is not None:
         files.write_bytes(out, table(nats, bits, ranks).encode())
     return {
@@ -55,23 +66,20 @@ def likelihood(target: str, rows: str, importance: int, seed: int, out: Path | N
         "rows": rows,
         "kind": kind,
         "n": len(nats),
-        "importance": None if isinstance(method.model, Density) else importance,
+        "importance": None if ode or isinstance(method.model, Density) else importance,
         "nats": asdict(mean_estimate(nats)) if len(nats) > 1 else {"value": float(nats[0]), "low": None, "high": None},
         "bits_per_dim": None if bits is None else float(bits.mean()),
         "outliers": None if ranks is None else float((ranks < 0.01).double().mean()),
     }
 
 
-def held_out(method: Any, importance: int, seed: int) -> Tensor | None:
-    """The log-likelihoods of the first valid rows of the model's dataset; None where that is not prepared here."""
-    import dgm_models
-
+def held_out(method: Any, told: Callable[..., tuple[Tensor, str]], n: int) -> Tensor | None:
+    """What `told` says of the first n valid rows of the model's dataset; None where that is not prepared here."""
     folder = paths.data(str(method.lineage.get("dataset")))
     if not (folder / "manifest.json").is_file():
         return None
     valid = shards.load(folder, "valid")
-    labels = None if valid.cond is None else valid.cond[:HELD_OUT]
-    return dgm_models.log_prob(method, valid.x[:HELD_OUT], labels, importance, seed)[0]
+    return told(valid.x[:n], None if valid.cond is None else valid.cond[:n])[0]
 
 
 def rank(nats: Tensor, among: Tensor | None) -> Tensor | None:

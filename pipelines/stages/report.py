@@ -33,7 +33,9 @@ COLUMNS = {
     "precision": ("Precision", "share of samples within the data's support", "higher"),
     "recall": ("Recall", "share of data within the samples' support", "higher"),
     "bits_per_dim": ("Bits/dim", "negative log-likelihood of stored data", "lower"),
+    "bits_per_dim/ode": ("Bits/dim by ODE", "of stored data, estimated by the probability-flow ODE", "lower"),
     "nll": ("NLL", "negative log-likelihood, nats an example", "lower"),
+    "nll/ode": ("NLL by ODE", "nats an example, estimated by the probability-flow ODE", "lower"),
     "copies": ("Copies", "share of samples attached to training rows beyond chance", "lower"),
     "evaluations_per_sample": ("Evaluations", "of the network for one sample", "lower"),
 }

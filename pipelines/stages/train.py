@@ -165,7 +165,7 @@ def train(run: Run, out: Path, params: Params, verb: str = "train") -> Mapping[s
     with RunStore(job.storage, job.digest).fetched("artifact") as folder, files.whole(out, seal=True) as copy:
         shutil.copytree(folder, copy, dirs_exist_ok=True)
         if run.dataset in params.codes:
-            compose(copy, paths.decoder(run.dataset))
+            compose(copy, run.dataset)
         spec = checkpoint.read_document(copy, "spec")
         spec["lineage"]["run"] = run.key  # the same training may have been a search's trial
         files.write_json(copy / "spec.json", spec)
@@ -173,21 +173,26 @@ def train(run: Run, out: Path, params: Params, verb: str = "train") -> Mapping[s
     return found
 
 
-def compose(artifact: Path, decoder: Path) -> None:
+def compose(artifact: Path, codes: str) -> None:
     """Makes a prior's artifact one of the data that its codes stand for: the decoder's weights are copied into it.
 
     Args:
         artifact: of a run on codes; its spec and weights are replaced.
-        decoder: the artifact that made the codes.
+        codes: the dataset that it was trained on, beside which lies what made it.
+    Raises: ValueError when the decoder there is not the one by which the codes were made.
     """
     from dgm_models import method as library
+    from pipelines.data.manifest import read_manifest
 
-    prior, parent = library.load(artifact), library.load(decoder)
-    codes = {name: prior.lineage[name] for name in ("dataset", "data_digest")}
+    prior, parent = library.load(artifact), library.load(paths.decoder(codes))
+    made, found = read_manifest(paths.data(codes)).source.files["decoder"], library.fingerprint(parent)
+    if made != found:
+        raise ValueError(f"data/{codes}: made by the decoder {made[:12]}, beside it lies {found[:12]}; run `dvc repro`")
+    origin = {name: prior.lineage[name] for name in ("dataset", "data_digest")}
     data = {name: parent.lineage[name] for name in ("dataset", "data_digest")}
     with tempfile.TemporaryDirectory(prefix="dgm-") as temporary:
         whole = library.save(
-            library.compose(prior, parent), Path(temporary, "whole"), lineage={**prior.lineage, **data, "codes": codes}
+            library.compose(prior, parent), Path(temporary, "whole"), lineage={**prior.lineage, **data, "codes": origin}
         )
         for name in ("spec.json", "weights.safetensors"):
             shutil.copy(whole / name, artifact / name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,18 +95,21 @@ def test_composite_of_other_codes_is_refused(parts: tuple[Method, Method]) -> No
     other = build("autoregressive/made", DataSpec("codes", (2, 2), 4), width=8)
     with pytest.raises(ValueError, match=r"the prior models .*levels=4.*the decoder's codes are .*levels=8"):
         compose(other, decoder)
-    with pytest.raises(ValueError, match="LatentVariable has no codes"):
-        compose(prior, build("vae/vae", DATA, network={"name": "mlp", "width": 8}))
-    with pytest.raises(ValueError, match="LatentVariable is no prior of codes"):
-        compose(build("vae/vae", DATA, network={"name": "mlp", "width": 8}), decoder)
+    with pytest.raises(ValueError, match="GeneratorCritic has no codes"):
+        compose(prior, build("gan/minimax", DATA, network={"name": "mlp", "width": 8}))
+    with pytest.raises(ValueError, match="Classifier is no prior of codes: it has no sampler"):
+        compose(build("extractor/classifier", replace(DATA, classes=3), network={"name": "mlp", "width": 8}), decoder)
+    asked = build("vae/vae", replace(DATA, classes=3), network={"name": "mlp", "width": 8}, cond={"name": "label"})
+    with pytest.raises(ValueError, match="LatentVariable has codes of data with a label; train it without cond"):
+        compose(prior, asked)
 
 
 def test_composite_spec_with_a_decoder_without_codes_is_refused(parts: tuple[Method, Method], tmp_path: Path) -> None:
     folder = save(compose(*parts), tmp_path / "whole")
     spec = json.loads((folder / "spec.json").read_text())
-    spec["decoder"] |= {"method": "vae/vae", "params": {}}
+    spec["decoder"] |= {"method": "gan/minimax", "params": {}}
     (folder / "spec.json").write_text(json.dumps(spec))
     (folder / MANIFEST).unlink()
     seal(folder)
-    with pytest.raises(ConfigError, match="vae/vae has no codes"):
+    with pytest.raises(ConfigError, match="gan/minimax has no codes"):
         load(folder)

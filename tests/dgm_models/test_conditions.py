@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dgm_models.conditions import Condition, Edges, Label, Masked
+from dgm_models.conditions import Caption, Condition, Edges, Label, Masked
 from dgm_models.construct import ConfigError, convert
+from dgm_models.method import build
 from dgm_models.nn.conditioner import IMAGE_DIM, Conditioner, check
 from dgm_models.nn.networks import Mlp
 from dgm_models.protocols import DataSpec
+from tests.laws import cases
 
 IMAGES = DataSpec("image", (1, 6, 8), 5, classes=3)
 VECTORS = DataSpec("vector", (2,), None, classes=3)
@@ -29,6 +31,41 @@ def test_label_is_the_dataset_s_and_must_be_there() -> None:
         Label().of(IMAGES, images(), None, keys)
     with pytest.raises(ValueError, match="needs data with classes"):
         Label().spec(replace(IMAGES, classes=0))
+
+
+def test_caption_is_the_label_s_name_a_token_a_word() -> None:
+    named = replace(IMAGES, class_names=("Blue dot", "dot", "red Dot big"))  # words: big, blue, dot, red
+    spec = Caption().spec(named)
+    assert (spec.kind, spec.shape, spec.levels) == ("tokens", (3,), 5)
+    found = Caption().of(named, images(), torch.tensor([2, 0, 1, 1]), torch.arange(4))
+    assert found.tolist() == [[4, 3, 1], [2, 3, 0], [3, 0, 0], [3, 0, 0]]
+    assert Caption().read(named, "dot  RED").tolist() == [3, 4, 0]  # a user's words, in an order of their own
+    with pytest.raises(ValueError, match="no labels"):
+        Caption().of(named, images(), None, torch.arange(4))
+    with pytest.raises(ValueError, match="classes have names"):
+        Caption().spec(IMAGES)
+    with pytest.raises(ValueError, match=r"class_names: 1 names for 3 classes"):
+        replace(IMAGES, class_names=("dot",))
+
+
+def test_conditioner_reads_a_caption_as_one_word_after_the_other() -> None:
+    named = replace(IMAGES, class_names=("blue dot", "dot", "red dot"))
+    reads = Conditioner(Caption(), named)
+    assert reads.vector_dim == reads.planes == 2 * 4
+    vector = reads.vector(torch.tensor([[1, 2], [3, 0]]))
+    assert vector.tolist() == [[0, 1, 0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 1, 0, 0, 0]]
+    assert reads.join(torch.zeros(2, 1, 6, 8), torch.tensor([[1, 2], [3, 0]])).shape[1] == 9
+
+
+@pytest.mark.parametrize("name", [case.method for case in cases.CASES if case.asked])
+def test_every_method_that_is_asked_for_labels_learns_from_captions(name: str) -> None:
+    spec = cases.Case(name, cases.ROWS[name].data[0]).spec
+    spec = replace(spec, class_names=("blue dot", "dot", "red dot"))
+    small = {key: value for key, value in cases.small(name).items() if key != "pairing"}  # transport is of labels
+    method = build(name, spec, cond={"name": "caption"}, **small)
+    training = cases.trainer(method, cases.Train(steps=1, batch_size=4), {})
+    training.run()
+    assert all(torch.tensor(value).isfinite() for value in training.history[-1][1].values())
 
 
 def test_edges_are_nothing_on_a_constant_and_whole_at_a_step_of_the_whole_range() -> None:

@@ -64,8 +64,18 @@ SMALL: dict[str, Any] = {
     "skip_width": 8,
     "first_kernel": 3,
     "sampler": {"name": "ddim", "steps": 3},
+    "learned_variance": True,
+    "moves": 2,
+    "buffer": 8,
+    "hidden": 4,
+    "chain": {"name": "langevin", "steps": 3},
+    "flow": {"name": "flows/real_nvp", "channels": 4, "blocks": 1, "layers": 2},
+    "pairing": "transport",  # pairs are made of the whole batch: what the laws of one batch are about
     "dropout": 0.0,  # torch draws it for a whole micro-batch: other micro-batches, other draws
 }
+# and what single methods need in its place: losses of second derivatives refuse a network without them
+SMOOTH = {"network": {**SMALL["network"], "activation": "silu"}}
+SMALL_FOR: dict[str, dict[str, Any]] = {"energy/score_matching": SMOOTH, "energy/sliced_score_matching": SMOOTH}
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,8 @@ def with_capability(*names: str, sorts: str = "") -> list[Case]:
 
 def small(name: str) -> dict[str, Any]:
     """The params that make a method small."""
-    return {key: value for key, value in SMALL.items() if takes(name, key)}
+    told = SMALL | SMALL_FOR.get(name, {})
+    return {key: value for key, value in told.items() if takes(name, key)}
 
 
 def made(case: Case, spec: DataSpec | None = None, seed: int = 0) -> Method:

@@ -226,7 +226,7 @@ def test_ids_that_name_no_row_are_refused(ids: Array, words: str, tmp_path: Path
         ({"rows": 0}, "rows: 0; expected 1 to 1440, the size of the grid, or null"),
         ({"rows": 1441}, "rows: 1441; expected 1 to 1440"),
         ({"scales": 0}, "scales: 0; expected at least 1"),
-        ({"size": 28}, "dataset: size: 28; expected 32 or 64"),
+        ({"size": 28}, "dataset: size: 28; expected 16, 32 or 64"),
         ({"levels": 3}, "dataset: levels: 3; expected 2 or 256"),
     ],
 )

@@ -83,6 +83,19 @@ def test_leaderboard_order_is_dataset_then_fid_then_bits_per_dim(root: Path) -> 
     assert [row["run"] for row in leaderboard.rows("a_first_dataset")] == ["z"]
 
 
+def test_leaderboard_keeps_an_estimate_and_a_bound_in_columns_of_their_own(root: Path) -> None:
+    by_ode = {"kind": "estimate", "extractor_sha256": None, "n": 64}
+    write_run(root, "a", [entry("bits_per_dim", 3.0, kind="bound"), entry("bits_per_dim/ode", 2.5, **by_ode)])
+    write_run(root, "b", [entry("bits_per_dim/ode", 1.0, **by_ode)])
+    rows = leaderboard.rows()
+    assert [row["run"] for row in rows] == ["a", "b"]  # b has no bits/dim: its estimate does not stand in for it
+    assert leaderboard.metric(rows[1], "bits_per_dim") is None
+    bound, estimate = (leaderboard.metric(rows[0], base) for base in ("bits_per_dim", "bits_per_dim/ode"))
+    assert bound and estimate and (bound["value"], estimate["value"]) == (3.0, 2.5)
+    text = leaderboard.table(rows)
+    assert "bits/dim by ODE" in text and "3.00 bound" in text and "2.50 estimate" in text and "n = 64 of test" in text
+
+
 def test_leaderboard_floor_and_ceiling_are_rows_without_a_method(root: Path) -> None:
     # without reference.json they come from the evaluations, and are no metric of a run
     write_run(root, "a", [entry("fid/raw", 3.0), entry("fid/raw/floor", -0.1), entry("fid/raw/ceiling", 50.0)])

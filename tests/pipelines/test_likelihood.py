@@ -20,6 +20,7 @@ from tests.laws import cases
 from tests.laws.cases import Case
 
 MADE, VAE = Case("autoregressive/made", "image:discrete"), Case("vae/vae", "image:discrete")
+FLOW = Case("diffusion/flow_matching", "image:discrete")
 
 
 @pytest.fixture
@@ -63,6 +64,41 @@ def test_likelihood_of_a_split_is_the_mean_of_its_rows(project: Path, tmp_path: 
     assert math.isclose(found["nats"]["value"], mean, rel_tol=1e-9)
     assert math.isclose(found["bits_per_dim"], -mean / 64 / math.log(2), rel_tol=1e-9)
     assert all(0 <= float(row["rank"]) <= 1 for row in rows)
+
+
+def test_likelihood_by_the_ode_is_an_estimate_beside_the_bound(project: Path) -> None:
+    data = dgm_models.DataSpec("image", (1, 8, 8), 17, 10)
+    method = dgm_models.build("diffusion/flow_matching", data, network={"name": "mlp", "width": 8, "depth": 1})
+    dgm_models.save(method, project / "artifacts" / "flow", lineage={"dataset": "other"})
+    np.save(project / "rows.npy", np.zeros((3, 1, 8, 8), np.uint8))
+    rows = str(project / "rows.npy")
+    estimate, bound = (stage.likelihood("flow", rows, 4, 0, None, ode) for ode in (True, False))
+    assert (estimate["kind"], estimate["importance"]) == ("estimate", None)
+    assert (bound["kind"], bound["importance"]) == ("bound", 4)
+    assert "(an estimate)" in stage.words(estimate) and "(a lower bound, 4 draws)" in stage.words(bound)
+    with pytest.raises(ValueError, match="autoregressive/made has no probability-flow ODE"):
+        stage.likelihood("made", "digits/test", 1, 0, None, True)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_evaluation_keeps_bound_and_estimate_apart(asked: bool) -> None:
+    from pipelines.params import Evaluation
+    from pipelines.stages.evaluate import Rows, likelihoods
+
+    case = Case(FLOW.method, FLOW.sort, asked)
+    method, x, given = cases.made(case), cases.rows(case.spec, 9), "_given/label" if asked else ""
+    labels = cases.labels(case.spec, 9)
+    rows = Rows(None, "test", 0)
+    likelihoods(rows, method, x, labels, Evaluation(importance=2, ode_rows=5))
+    told = {row["metric"]: (row["kind"], row["n"]) for row in rows.rows}
+    assert told == {
+        f"elbo{given}": ("bound", 9), f"nll{given}": ("bound", 9), f"bits_per_dim{given}": ("bound", 9),
+        f"nll{given}/ode": ("estimate", 5), f"bits_per_dim{given}/ode": ("estimate", 5),
+    } and not rows.refused  # fmt: skip
+    for wanted, ode_rows in ((frozenset({"nll"}), 5), (None, 0)):  # a search asks for the bound alone
+        rows = Rows(None, "valid", 0, wanted)
+        likelihoods(rows, method, x, labels, Evaluation(importance=2, ode_rows=ode_rows))
+        assert [row["metric"] for row in rows.rows] == [f"{name}{given}" for name in ("elbo", "nll", "bits_per_dim")]
 
 
 def test_likelihood_finds_rows_that_are_no_digits(project: Path, tmp_path: Path) -> None:

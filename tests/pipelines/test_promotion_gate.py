@@ -24,7 +24,8 @@ class Span(NamedTuple):
 def row(metric: str, value: float, half: float | None, **other: Any) -> dict[str, Any]:
     ends = {"low": None, "high": None} if half is None else {"low": value - half, "high": value + half}
     return {
-        "metric": metric, "value": value, **ends, "n": 40, "split": "test", "extractor_sha256": "e1", "seed": 0, **other
+        "metric": metric, "value": value, **ends, "n": 40, "split": "test", "kind": "estimate",
+        "extractor_sha256": "e1", "seed": 0, **other,
     }  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def test_gate_refuses_a_first_champion_without_ceiling_or_interval() -> None:
     assert decide(None, new, replace(GATE, ceiling="fid/digits/ceiling"), never).passed
 
 
-@pytest.mark.parametrize(("key", "value"), [("n", 20), ("extractor_sha256", "e2")])
+@pytest.mark.parametrize(("key", "value"), [("n", 20), ("extractor_sha256", "e2"), ("kind", "bound")])
 def test_gate_refuses_other_extractors_and_sizes_by_name(key: str, value: Any) -> None:
     text = refusal(decide(evaluation("old", 9.0), evaluation("new", 5.0, **{key: value}), GATE, never))
     assert text == f"{key} of fid/digits differs: old has {evaluation('old', 9.0).rows[0][key]}, new has {value}"

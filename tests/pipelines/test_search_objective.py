@@ -173,7 +173,9 @@ def test_rows_are_found_under_the_name_that_a_search_uses() -> None:
     rows = [
         {"metric": "fid/digits", "value": 1.0}, {"metric": "nll_given/label", "value": 2.0},
         {"metric": "mig/entropy", "value": 3.0}, {"metric": "mig/maximum", "value": 4.0},
+        {"metric": "bits_per_dim/ode", "value": 5.0},
     ]  # fmt: skip
+    assert math.isnan(driver.value_of("bits_per_dim", rows))  # an estimate does not stand in for it
     found = {name: driver.value_of(name, rows) for name in ("fid", "nll", "mig/maximum")}
     assert found == {"fid": 1.0, "nll": 2.0, "mig/maximum": 4.0}
     assert math.isnan(driver.value_of("kid", rows))

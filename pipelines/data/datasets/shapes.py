@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ def _heart(u: Array, v: Array) -> Array:
     return inside
 
 
+# the words of captions, each for an equal part of its factor's values, in their order
+SIZES, COLUMNS, ROWS = ("small", "large"), ("left", "centre", "right"), ("top", "middle", "bottom")
+
 # (u to the right, v up) -> which points are inside; each fits the unit circle
 SPRITES: dict[str, Callable[[Array, Array], Array]] = {"square": _square, "ellipse": _ellipse, "heart": _heart}
 
@@ -44,16 +48,18 @@ class Shapes:
     The factors span a grid: shape, scale, rotation, x, y, the last running fastest. A row's id is its number in this
     grid, so ids tell the factors; no point of the grid comes twice. Scales are evenly spaced in [0.5, 1], rotations in
     [0, 360) degrees counter-clockwise, x (from the left) and y (from the top) where no sprite is cut; scale, x or y of
-    one value stands in the middle. The label is the shape.
+    one value stands in the middle. The label is the shape, or with `captions` the caption, such as "small heart left
+    top", which says size, shape, column and row; nothing of a scale, x or y of one value, and nothing of the rotation.
 
     A square turned by 90 degrees and an ellipse turned by 180 are themselves: their rotation is known only up to this
     symmetry (with 40 rotations, 10 and 20 of them differ), and with few pixels neighbouring rotations may look alike.
 
     Args:
         rows: how many points of the grid, drawn without repetition; null for all of them in their order.
-        size: pixels a side, 32 or 64.
+        size: pixels a side: 16, 32 or 64.
         levels: 2: a pixel is 1 where its centre lies inside; 256: the inside share of 8 x 8 points, times 255.
         scales, rotations, xs, ys: how many values each factor has.
+        captions: the label is the caption; its words stand in its class's name.
 
     Source: Matthey, Higgins, Hassabis, Lerchner 2017, dSprites, for the factors and their numbers. Differs: own
     renderer, sizes and heart; 40 rotations are 9 degrees apart (there the first and the last are the same).
@@ -66,11 +72,12 @@ class Shapes:
     rotations: int = 40
     xs: int = 32
     ys: int = 32
+    captions: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("size", (32, 64)), ("levels", (2, 256))):
+        for name, allowed, words in (("size", (16, 32, 64), "16, 32 or 64"), ("levels", (2, 256), "2 or 256")):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)}; expected {allowed[0]} or {allowed[1]}")
+                raise ValueError(f"{name}: {getattr(self, name)}; expected {words}")
         for name in ("scales", "rotations", "xs", "ys"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected at least 1")
@@ -89,6 +96,29 @@ class Shapes:
         """How many points the grid has."""
         return math.prod(factor.size for factor in self.factors)
 
+    @property
+    def said(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """What a caption says, in its order: a factor's name, and a word for each equal part of its values."""
+        words = {"scale": SIZES, "shape": tuple(SPRITES), "x": COLUMNS, "y": ROWS}
+        sizes = {factor.name: factor.size for factor in self.factors}
+        return tuple((name, these) for name, these in words.items() if sizes[name] > 1)
+
+    def labels(self, ids: Array) -> Array:
+        """Numbers in the grid [N] -> labels [N]: the shape, or the caption's number among `class_names`."""
+        sizes = {factor.name: factor.size for factor in self.factors}
+        if not self.captions:
+            return ids // (self.grid // len(SPRITES))
+        values = dict(zip(sizes, np.unravel_index(ids, list(sizes.values())), strict=True))
+        parts = [(2 * values[name] + 1) * len(words) // (2 * sizes[name]) for name, words in self.said]
+        found: Array = np.ravel_multi_index(parts, [len(words) for _, words in self.said])
+        return found
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        if not self.captions:
+            return tuple(SPRITES)
+        return tuple(" ".join(words) for words in itertools.product(*(words for _, words in self.said)))
+
     def read(self, seed: int) -> Raw:
         ids = np.arange(self.grid)
         if self.rows is not None:
@@ -98,11 +128,11 @@ class Shapes:
             x=self.render(ids),
             ids=ids,
             factors=self.factors,
-            labels=ids // (self.grid // len(SPRITES)),
+            labels=self.labels(ids),
             kind="image",
             levels=self.levels,
-            classes=len(SPRITES),
-            class_names=tuple(SPRITES),
+            classes=len(self.class_names),
+            class_names=self.class_names,
             licence="generated; no rights reserved",
             source=Source(f"generated: {self}, seed {seed}"),
         )
