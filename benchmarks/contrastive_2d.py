@@ -14,6 +14,7 @@ means over the seeds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -40,7 +41,7 @@ SIDE, REACH = 800, 6.0  # of the grid: points along a side, and where it ends, i
 NETWORK = {"name": "mlp", "width": 128, "depth": 3, "activation": "gelu"}
 FLOW = {"name": "flows/neural_spline", "network": {"name": "mlp", "width": 64, "depth": 2, "activation": "silu"},
         "layers": 4, "bins": 12, "bound": 3.5}  # fmt: skip
-STEPS = 4_000
+STEPS = 1_500
 TRAIN = {"steps": STEPS, "batch_size": 256, "average": 0.99}
 ENERGY = {"network": NETWORK, "spread": 2.0}
 OPTIM = {"lr": 5e-3, "schedule": "cosine", "clip": 5.0}
@@ -116,19 +117,19 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="gets the JSON lines too")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for toy in options.data:
-        for noise in options.noise:
+    gaps: dict[tuple[str, str], list[float]] = {}
+    for seed in range(options.first, options.first + options.seeds):
+        for toy, noise in itertools.product(options.data, options.noise):
             recipe = {**RECIPES[noise], "optim": {**RECIPES[noise]["optim"], **options.change}}
-            gaps = []
-            for seed in range(options.first, options.first + options.seeds):
-                line = json.dumps(found := run(noise, toy, seed, recipe))
-                print(line, flush=True)
-                if options.log:
-                    with options.log.open("a") as file:
-                        file.write(line + "\n")
-                gaps.append(found["gap"])
-            spread = f", standard deviation {statistics.stdev(gaps):.4f}" if len(gaps) > 1 else ""
-            print(f"{noise} on {toy}: {statistics.mean(gaps):.4f} nats above the entropy{spread}", flush=True)
+            line = json.dumps(found := run(noise, toy, seed, recipe))
+            print(line, flush=True)
+            if options.log:
+                with options.log.open("a") as file:
+                    file.write(line + "\n")
+            gaps.setdefault((toy, noise), []).append(found["gap"])
+    for (toy, noise), values in gaps.items():
+        spread = f", standard deviation {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        print(f"{noise} on {toy}: {statistics.mean(values):.4f} nats above the entropy{spread}")
 
 
 if __name__ == "__main__":

@@ -109,8 +109,9 @@ class EnergyAndFlow(Model):
 class FlowContrastive(Objective):
     """V = E_data log P(data|x) + E_q log P(noise|x), log-odds log p - log q: the energy raises V, the flow lowers it.
 
-    At the best energy V is 2 JSD(data, q) - log 4; at the solution p and q are the data's density. The first
-    `pretrain` steps train the flow by maximum likelihood.
+    At the best energy V is 2 JSD(data, q) - log 4; at the solution p and q are the data's density. The energy learns
+    nothing where neither data nor the flow's draws lie, and may have mass there: a flow that is wide at first and
+    narrows with the energy leaves fewer such places than one that `pretrain` steps of maximum likelihood have fitted.
 
     Source: Gao et al. 2020, Flow Contrastive Estimation of Energy-Based Models, arXiv:1912.00589. Differs: the energy
     takes a fixed number of updates for one of the flow, where the paper goes by the classifier's accuracy.

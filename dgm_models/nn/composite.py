@@ -56,7 +56,9 @@ class Composite(Model):
         if not isinstance(decoder, Codes):
             raise ValueError(f"{type(decoder).__name__} has no codes that a prior could model")
         if decoder.condition:
-            raise ValueError(f"{type(decoder).__name__} has codes of data with a {decoder.condition.name}; train it without cond")
+            raise ValueError(
+                f"{type(decoder).__name__} has codes of data with a {decoder.condition.name}; train it without cond"
+            )
         if not isinstance(prior, Samples):
             raise ValueError(f"{type(prior).__name__} is no prior of codes: it has no sampler")
         if replace(prior.data, location=0.0, scale=1.0) != decoder.code_spec:

@@ -49,7 +49,9 @@ class LatentVariable(Model):
         super().__init__(data, discrete(data))
         self.condition = condition
         self.latent_dim = latent_dim
-        self.code_spec = DataSpec("codes", network.places(data.shape, latent_dim), None, data.classes, class_names=data.class_names)
+        self.code_spec = DataSpec(
+            "codes", network.places(data.shape, latent_dim), None, data.classes, class_names=data.class_names
+        )
         self.likelihood = likelihood(name, data)
         self.conditioner = Conditioner(condition, data, network)
         if amortised:

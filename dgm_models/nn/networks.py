@@ -166,7 +166,9 @@ class Grid(Network):
             raise ValueError(f"network.name: grid takes images [C, H, W], not {shape}; use mlp")
         height, width = halved(shape, self.halvings)
         if dim % (height * width):
-            raise ValueError(f"network: {dim} numbers are no grid of {height} x {width}; use {height * width} or a multiple")
+            raise ValueError(
+                f"network: {dim} numbers are no grid of {height} x {width}; use {height * width} or a multiple"
+            )
         return dim // (height * width), height, width
 
     def down(self, shape: tuple[int, ...], out_dim: int) -> nn.Module:
