@@ -75,7 +75,7 @@ def test_construct_reads_nested_sections() -> None:
         (
             {"network": "mlp"},
             "runs.x.network: expected a section with a name, found 'mlp'; "
-            "allowed: conv, dcgan, mlp, residual, stylegan2",
+            "allowed: conv, dcgan, grid, mlp, residual, stylegan2",
         ),
         ({"network": {"name": "mpl"}}, "runs.x.network.name: 'mpl' is not known; did you mean \"mlp\"?"),
         ({"network": {"name": ["mlp"]}}, "runs.x.network.name: ['mlp'] is not known"),

@@ -123,7 +123,7 @@ def test_network_refuses_more_stages_than_halvings(name: str) -> None:
     message = r"runs\.x\.method: network\.stages: 8 x 8 cannot be halved 4 times; use at most 3"
     with pytest.raises(ConfigError, match=message):
         build(
-            "gan/semi_supervised", DataSpec("image", (1, 8, 8), 17, classes=3), path="runs.x.method",
+            "gan/semi_supervised", DataSpec("image", (1, 8, 8), 17, classes=3), where="runs.x.method",
             network={"name": name, "stages": 4},
         )  # fmt: skip
 

@@ -63,7 +63,7 @@ def test_prepare_writes_the_files_that_the_manifest_names(digits: Path) -> None:
 
 def test_prepare_tells_what_the_data_are(digits: Path) -> None:
     manifest = shards.read_manifest(digits)
-    assert manifest.spec() == DataSpec("image", (1, 8, 8), levels=17, classes=10)
+    assert manifest.spec() == DataSpec("image", (1, 8, 8), levels=17, classes=10, class_names=tuple("0123456789"))
     assert (manifest.schema, manifest.name, manifest.dtype, manifest.licence) == (1, "digits", "uint8", "CC BY 4.0")
     assert (manifest.split, manifest.split_seed, manifest.entropy_nats) == ((0.7, 0.2, 0.1), 3, None)
     assert all(len(each) == 64 for each in manifest.source.files.values())
