@@ -62,3 +62,9 @@ def test_every_method_has_a_line_in_papers() -> None:
         if line.startswith("|") and "`" in line:
             for cell in line.split("`")[1::2]:
                 assert (project.ROOT / cell.split("::")[0]).exists(), f"PAPERS.md names {cell}"
+
+
+def test_every_method_has_a_run() -> None:
+    files = [project.ROOT / "params.yaml", project.ROOT / "zoo" / "params.yaml"]
+    run = {each["method"]["name"] for file in files for each in read_yaml(file)["runs"].values()}
+    assert {row.name for row in registry.ROWS} - run == set()
