@@ -243,8 +243,26 @@ class SubVariancePreserving(VariancePreserving):
         return self._at_log_square(2 * (2 / (noise + (noise.square() + 4).sqrt())).log())
 
 
+class Exploding(Path):
+    """Data as they are with noise from `sigma_min`, at time 0, to `sigma_max`: alpha = 1."""
+
+    sigma_min: float
+    sigma_max: float
+
+    def __post_init__(self) -> None:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min: {self.sigma_min:g} is not below sigma_max, {self.sigma_max:g}")
+
+    @property
+    def first(self) -> float:
+        return 0.0  # there is noise at time 0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.float64)
+
+
 @dataclass(frozen=True)
-class VarianceExploding(Path):
+class VarianceExploding(Exploding):
     """alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t: geometric.
 
     Source: Song and Ermon 2019, arXiv:1907.05600; Song et al. 2021, eq. 30, arXiv:2011.13456.
@@ -254,16 +272,6 @@ class VarianceExploding(Path):
     sigma_min: PositiveFloat = 0.01
     sigma_max: PositiveFloat = 50.0
 
-    def __post_init__(self) -> None:
-        _ordered(self.sigma_min, self.sigma_max)
-
-    @property
-    def first(self) -> float:
-        return 0.0  # there is noise at time 0: sigma_min
-
-    def alpha(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t, dtype=torch.float64)
-
     def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_min * (t.double() * math.log(self.sigma_max / self.sigma_min)).exp()
 
@@ -272,7 +280,7 @@ class VarianceExploding(Path):
 
 
 @dataclass(frozen=True)
-class Karras(Path):
+class Karras(Exploding):
     """alpha = 1, sigma^(1/rho) linear from sigma_min^(1/rho) to sigma_max^(1/rho).
 
     Source: Karras et al. 2022, eq. 5, arXiv:2206.00364.
@@ -282,16 +290,6 @@ class Karras(Path):
     sigma_min: PositiveFloat = 0.002
     sigma_max: PositiveFloat = 80.0
     rho: PositiveFloat = 7.0
-
-    def __post_init__(self) -> None:
-        _ordered(self.sigma_min, self.sigma_max)
-
-    @property
-    def first(self) -> float:
-        return 0.0  # there is noise at time 0: sigma_min
-
-    def alpha(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t, dtype=torch.float64)
 
     def sigma(self, t: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
@@ -324,8 +322,3 @@ class Straight(Path):
 
     def _when(self, noise: Tensor) -> Tensor:
         return 1 / (1 + 1 / noise)
-
-
-def _ordered(sigma_min: float, sigma_max: float) -> None:
-    if sigma_min >= sigma_max:
-        raise ValueError(f"sigma_min: {sigma_min:g} is not below sigma_max, {sigma_max:g}")
