@@ -31,7 +31,7 @@ class WganGp(Wasserstein):
     def penalty(self, model: GeneratorCritic, batch: Batch, fake: Tensor) -> Loss:
         cond = model.given(batch)
         mix = batch.uniform("interpolate", (1,) * len(batch.x.shape[1:]))
-        between = mix * batch.x + (1 - mix) * fake
+        between = fake + mix * (batch.x - fake)
         slopes = torch.linalg.vector_norm(gradient(lambda x: model.critic(x, cond), between), dim=1)
         return Loss(self.weight * (slopes - 1).square().sum(), {"slope": slopes.sum()})
 

@@ -136,9 +136,7 @@ class Trainer:
         self.history: list[tuple[int, Metrics]] = []  # everything reported, kept in the checkpoint
         self._reductions: dict[str, Reduction] = {}
         self._losses = [torch.compile(turn.loss) if train.compile else turn.loss for turn in self.turns]
-        self._zero = torch.zeros((), device=self.runtime.device)
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[float, float]] = {}  # of every metric since the last report, and of how many
 
     def _check(self) -> None:
         train, world = self.train, self.runtime.world
@@ -258,7 +256,7 @@ class Trainer:
         where = (self.seed, self.step_number, index, update)
         batch = batch.fold("update", self.step_number, index, update)
         names: list[str] = []
-        sums, count = self._zero, self._zero.clone()
+        sums, count = (torch.zeros((), device=self.runtime.device) for _ in range(2))
         with _only(self.parameters, turn.player) as parameters:
             _forget(parameters)  # an update that was interrupted leaves gradients behind
             reduction = self._reduction(turn.player, parameters)
@@ -277,10 +275,12 @@ class Trainer:
                 gradients = [local(p.grad) for p in reached if p.grad is not None]
                 torch._foreach_div_(gradients, count)
                 norm = self._norm(gradients)
-                if not math.isfinite(norm):
+                # the one place where the host waits for the device
+                number, length, *totals = torch.cat([torch.stack([count, norm.float()]), sums]).tolist()
+                if not math.isfinite(length):
                     raise FloatingPointError(
                         f"step {self.step_number}: the gradient of {turn.player!r} is not finite (loss "
-                        f"{float(sums[0] / count):g}); lower optim.lr, or set optim.clip or optim.warmup"
+                        f"{totals[0]:g} over {number:g} examples); lower optim.lr, or set optim.clip or optim.warmup"
                     )
                 if settings.clip:
                     torch._foreach_mul_(gradients, (settings.clip / (norm + 1e-6)).clamp(max=1.0))
@@ -290,9 +290,9 @@ class Trainer:
             optimizer.step()
             _forget(parameters)
         prefix = f"{turn.name or turn.player}/" if len(self.players) > 1 else ""
-        for name, value in zip(names, sums.unbind(), strict=True):
-            self._record(prefix + name, value, count)
-        self._record(f"{prefix}gradient_norm", norm, torch.ones_like(norm))
+        for name, total in zip(names, totals, strict=True):
+            self._record(prefix + name, total, number)
+        self._record(f"{prefix}gradient_norm", length, 1.0)
 
     def _reduction(self, player: str, parameters: Mapping[str, nn.Parameter]) -> Reduction:
         if player not in self._reductions:
@@ -311,14 +311,14 @@ class Trainer:
             norm = square.sqrt()
         return norm
 
-    def _record(self, name: str, total: Tensor, count: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, self._zero) + total
-        self._counts[name] = self._counts.get(name, self._zero) + count
+    def _record(self, name: str, total: float, count: float) -> None:
+        before, of = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (before + total, of + count)
 
     def metrics(self) -> Metrics:
         """Means since the last call: nats per example for losses; identical on every rank."""
-        means = {name: float(total / self._counts[name]) for name, total in self._sums.items()}
-        self._sums, self._counts = {}, {}
+        means = {name: total / count for name, (total, count) in self._sums.items()}
+        self._sums = {}
         return means
 
     def _watch(self, last: bool) -> None:
@@ -339,9 +339,8 @@ class Trainer:
             seen = objective.watch(model, batch, last)
         values = {name: value.detach().float().to(self.runtime.device) for name, value in seen.items()}
         self.runtime.sum(list(values.values()))  # equal but for last bits on accelerators: reports are identical
-        count = torch.tensor(float(self.runtime.world), device=self.runtime.device)
         for name, value in values.items():
-            self._record(name, value, count)
+            self._record(name, float(value), self.runtime.world)
 
     # ---- validation
 
@@ -369,8 +368,9 @@ class Trainer:
             buffer.copy_(before)
         self.runtime.sum([totals])
         model.train(was_training)
-        value = float(totals[0] / totals[1])
-        self._record("valid/loss", totals[0], totals[1])
+        total, count = totals.tolist()
+        value = total / count
+        self._record("valid/loss", total, count)
         self.since_best += 1
         if value < self.best_loss:
             self.best_loss, self.since_best = value, 0
@@ -403,8 +403,7 @@ class Trainer:
         for player, optimizer in self.optimizers.items():
             state, documents[player] = checkpoint.flatten_optimizer(optimizer)
             tensors[f"optimizer-{player}"] = whole(state, keep=chief)
-        sums = {f"sum.{name}": value for name, value in self._sums.items()}
-        tensors["metrics"] = whole(sums | {f"count.{name}": value for name, value in self._counts.items()}, keep=chief)
+        tensors["metrics"] = {name: torch.tensor(sums, dtype=torch.float64) for name, sums in self._sums.items()}
         if not chief:
             return Snapshot({}, {})
         return Snapshot(
@@ -442,9 +441,7 @@ class Trainer:
         self.since_best = state["since_best"]
         self.history = [(step, values) for step, values in state["history"]]
         metrics = checkpoint.read_tensors(folder, "metrics")
-        device = self.runtime.device
-        self._sums = {k.removeprefix("sum."): v.to(device) for k, v in metrics.items() if k.startswith("sum.")}
-        self._counts = {k.removeprefix("count."): v.to(device) for k, v in metrics.items() if k.startswith("count.")}
+        self._sums = {name: (float(sums[0]), float(sums[1])) for name, sums in metrics.items()}
 
     def run(
         self,
