@@ -24,30 +24,35 @@ embed the same one. Its DDIM clips the guess of the data as ours does, and takes
 
 from __future__ import annotations
 
-import argparse
 import copy
-import os
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.side_by_side import (
+    Ours,
+    Training,
+    again,
+    asked,
+    frame,
+    in_turns,
+    measured,
+    median,
+    ratios,
+    seconds,
+    size,
+    told,
+)
 from dgm_models.method import Method, build
 from dgm_models.nn.unet import _Down, _Layer, _Up
 from dgm_models.ops.mcmc import Langevin
 from dgm_models.protocols import Batch, DataSpec
-from dgm_models.training.optim import Optim, Optims
-from dgm_models.training.runtime import keep_freed_memory
-from dgm_models.training.source import ArraySource, Source
-from dgm_models.training.trainer import Train, Trainer
+from dgm_models.training.optim import Optim
 
 ROWS, READY = 4096, 20  # of the dataset; batches that a peer finds in memory
 STEPS = 50  # of DDIM
@@ -91,23 +96,10 @@ CASES = [
 # ---- the sides
 
 
-class Ours(Trainer):
-    """The trainer as it is, which adds up the seconds that went into drawing batches."""
-
-    def __init__(self, case: Case, method: Method) -> None:
-        rng = torch.Generator().manual_seed(0)
-        x = torch.randn(ROWS, *case.data.shape, generator=rng)
-        if case.data.levels:
-            x = torch.randint(case.data.levels, x.shape, generator=rng).to(torch.uint8)
-        train = Train(steps=10**9, batch_size=case.batch)
-        super().__init__(method.model, method.objective, ArraySource(x, case.data), train, Optims(OPTIM), 0)
-        self.drawing = 0.0
-
-    def _fetch(self, source: Source, start: int, stop: int, *path: int | str) -> Batch:
-        begun = time.process_time()
-        batch = super()._fetch(source, start, stop, *path)
-        self.drawing += time.process_time() - begun
-        return batch
+def dataset(case: Case) -> Tensor:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, *case.data.shape, generator=rng)
+    return torch.randint(case.data.levels, x.shape, generator=rng).to(torch.uint8) if case.data.levels else x
 
 
 class Diffusers:
@@ -281,23 +273,6 @@ def copied(theirs: Any, network: Any) -> None:
         take(body.last, theirs.conv_out)
 
 
-class Training:
-    """A peer's training on batches in memory."""
-
-    def __init__(self, case: Case, peer: Any) -> None:
-        self.peer, self.position = peer, 0
-        rng = torch.Generator().manual_seed(1)
-        self.ready = [torch.randn(case.batch, *case.data.shape, generator=rng) for _ in range(READY)]
-        self.optimizer = torch.optim.Adam(peer.module.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
-
-    def step(self) -> None:
-        loss = self.peer.loss(self.ready[self.position % READY])
-        self.position += 1
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-
 # ---- both sides compute the same
 
 
@@ -339,18 +314,6 @@ def same(case: Case, method: Method, peer: Any) -> tuple[float, float]:
 # ---- the measurement
 
 
-def size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def seconds(action: Callable[[], object], times: int) -> float:
-    """Of one call, the processor's."""
-    begun = time.process_time()
-    for _ in range(times):
-        action()
-    return (time.process_time() - begun) / times
-
-
 def measure(case: Case, turns: int, length: float) -> None:
     """Asserts that the sides are the same, then times them in turns."""
     torch.manual_seed(0)
@@ -364,8 +327,10 @@ def measure(case: Case, turns: int, length: float) -> None:
         f"{torch.get_num_threads()} thread\n  first loss {mine:.6f}, {case.peer} {theirs:.6f}",
         flush=True,
     )
-    trainer = Ours(case, method)
-    training = Training(case, peer)
+    trainer = Ours(method.model, method.objective, dataset(case), case.batch, OPTIM)
+    rng = torch.Generator().manual_seed(1)
+    ready = [torch.randn(case.batch, *case.data.shape, generator=rng) for _ in range(READY)]
+    training = Training(peer.module, peer.loss, ready, OPTIM)
     timed("step", trainer.step, training.step, trainer, turns, length)
     if peer.samples:
         x = torch.randn(case.drawn, *case.data.shape)
@@ -383,52 +348,20 @@ def measure(case: Case, turns: int, length: float) -> None:
 def timed(
     what: str, ours: Callable[[], object], theirs: Callable[[], object], trainer: Ours | None, turns: int, length: float
 ) -> None:
-    found: dict[str, list[float]] = {"ours": [], "peer": [], "drawing": []}
-    actions = {"ours": ours, "peer": theirs}
-    times = {name: max(1, round(length / max(seconds(action, 1), 1e-6))) for name, action in actions.items()}
-    for turn in range(turns):
-        for name in list(actions) if turn % 2 == 0 else list(actions)[::-1]:
-            if trainer:
-                trainer.drawing = 0.0
-            found[name].append(seconds(actions[name], times[name]))
-            if name == "ours":
-                found["drawing"].append(trainer.drawing / times[name] if trainer else 0.0)
-    took = {name: statistics.median(found[name]) * 1e3 for name in actions}
-    ratios = [a / b for a, b in zip(found["ours"], found["peer"], strict=True)]
-    print(f"  {what}: ours {took['ours']:.3f} ms, peer {took['peer']:.3f} ms; ours / peer {told(ratios)}", end="")
-    if trainer:
-        alike = [(a - d) / b for a, d, b in zip(found["ours"], found["drawing"], found["peer"], strict=True)]
-        print(f"; without the drawing {told(alike)}", end="")
-    print(flush=True)
-
-
-def told(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+    runs = {"ours": again(ours), "peer": again(theirs)}
+    times = {name: max(1, round(length / max(seconds(run, 1), 1e-6))) for name, run in runs.items()}
+    found = in_turns(runs, times, turns, trainer)
+    whole, alike = ratios(found, "peer")
+    took = {name: median(found[name]) for name in runs}
+    print(f"  {what}: ours {took['ours']:.3f} ms, peer {took['peer']:.3f} ms; ours / peer {told(whole)}", end="")
+    print(f"; without the drawing {told(alike)}" if trainer else "", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=7, help="measurements of each side")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
-    parser.add_argument("--case", default="", help="only the cases whose name contains this")
-    options = parser.parse_args()
-    there = [name for name in PEERS if find_spec(name) is not None]
-    if missing := [name for name in PEERS if name not in there]:
-        print(f"not installed, and not measured: {', '.join(missing)}; how to install them:\n\n{__doc__}")
-    if not there:
-        raise SystemExit(1)
-    torch.set_num_threads(1)
-    kept = keep_freed_memory()  # as the project's workers do; it holds for the whole process, so for all sides
-    print(
-        f"torch {torch.__version__}, {', '.join(f'{name} {version(name)}' for name in there)}; "
-        f"freed memory is kept: {kept}; load average before: {os.getloadavg()[0]:.2f}"
-    )
-    for case in CASES:
-        if options.case in str(case) and case.peer in there:
+    options = asked(__doc__)
+    with frame({name: name for name in PEERS}, __doc__) as there:
+        for case in measured(CASES, there, options.case):
             measure(case, options.turns, options.seconds)
-    print(f"load average after: {os.getloadavg()[0]:.2f} (the benchmark itself is 1)")
-    if missing:
-        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ once), so the figures stand beside the published ones: FVSBN 97.45 and NADE 88.3
 MADE 88.40 with one mask and 86.64 with 32 masks of two layers of 8,000 units (Germain et al. 2015, arXiv:1502.03509).
 
 The fixed set is small for these models and they overfit it: the weights are averaged, those of the best validation loss
-are kept, and a training stops when it has not improved for `PATIENCE` epochs. Test rows are read once, at the end.
+are kept, and a training stops when it has not improved for `PATIENCE` validations. Test rows are read once, at the end.
 
     python benchmarks/exact_mnist.py --log exact_mnist.jsonl
     python benchmarks/exact_mnist.py made --width 8000 --device cuda   # the paper's size
@@ -38,22 +38,25 @@ class Recipe:
         method: its name in the registry.
         epochs: at most; the learning rate falls to 0 along a cosine over them.
         decay: of the averaged weights.
+        every: epochs between validations, which for MADE read the rows once for every mask set.
         params, optim: of the method and of the optimizer.
     """
 
     method: str
     epochs: int
     decay: float
+    every: int = 1
     params: dict[str, Any] = field(default_factory=dict)
     optim: dict[str, Any] = field(default_factory=dict)
 
 
 RECIPES = {
     "fvsbn": Recipe("autoregressive/fvsbn", 16, 0.999, optim={"lr": 2e-2, "weight_decay": 1e-4}),
-    "nade": Recipe("autoregressive/nade", 12, 0.9995, {"width": 500}, {"lr": 3e-3, "weight_decay": 1e-5}),
+    "nade": Recipe("autoregressive/nade", 12, 0.9995, params={"width": 500}, optim={"lr": 3e-3, "weight_decay": 1e-5}),
+    # every mask set has its own order: the mean over 4 orders gains 1.6 nats, that over 4 sets of one order 0.2
     "made": Recipe(
-        "autoregressive/made", 80, 0.9995, {"width": 1000, "depth": 2, "masks": 8, "direct": True},
-        {"lr": 1e-3, "weight_decay": 1e-5},
+        "autoregressive/made", 40, 0.9995, 5,
+        {"width": 1000, "depth": 2, "masks": 16, "direct": True, "random_order": True}, {"lr": 2e-3},
     ),
 }  # fmt: skip
 
@@ -121,7 +124,8 @@ def train(name: str, options: argparse.Namespace) -> None:
         dgm_models.fit(
             method, rows["train"], valid=rows["valid"], optim=optim, seed=options.seed, device=options.device,
             report=report, steps=epochs * steps, batch_size=BATCH, average=options.decay or recipe.decay,
-            report_every=steps, validate_every=steps, keep="best", patience=PATIENCE, threads=options.threads,
+            report_every=recipe.every * steps, validate_every=recipe.every * steps, keep="best", patience=PATIENCE,
+            threads=options.threads,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("  stopped", flush=True)
@@ -130,7 +134,7 @@ def train(name: str, options: argparse.Namespace) -> None:
     found = mean_estimate(-nats)
     best = min(metrics["valid/loss"] for _, metrics in method.history)
     tell("result", {"test_nats": found.value, "low": found.low, "high": found.high, "valid_nats": best,
-                    "said": kind, "epochs_run": len(method.history)})  # fmt: skip
+                    "said": kind, "epochs_run": len(method.history) * recipe.every})  # fmt: skip
     print(f"{name:<6} test {found.value:.2f} nats [{found.low:.2f}, {found.high:.2f}], {size:,} parameters, "
           f"{time.time() - started:.0f} s", flush=True)  # fmt: skip
 

@@ -19,15 +19,9 @@ equal at 0 and near it: their loss may differ by 1e-3 of its size, every other o
 
 from __future__ import annotations
 
-import argparse
-import os
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -35,16 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.side_by_side import Ours, Training, asked, frame, size, timed
 from dgm_models.method import build
 from dgm_models.nn.coupling import SplitCoupling
 from dgm_models.nn.flow import Flow
 from dgm_models.nn.masked_flow import MaskedAutoregressive
+from dgm_models.nn.maximum_likelihood import MaximumLikelihood
 from dgm_models.nn.spline import UNIT
-from dgm_models.protocols import Batch, DataSpec
-from dgm_models.training.optim import Optim, Optims
-from dgm_models.training.runtime import keep_freed_memory
-from dgm_models.training.source import ArraySource, Source
-from dgm_models.training.trainer import Train, Trainer
+from dgm_models.protocols import DataSpec
+from dgm_models.training.optim import Optim
 
 ROWS, READY = 20_000, 20
 SMALL = 1e-3  # the last layers' weights
@@ -259,51 +252,9 @@ class Scaling(nn.Module):
 PEERS: dict[str, Callable[[Case, Flow], Any]] = {"zuko": Zuko, "nflows": Nflows}
 
 
-class Ours(Trainer):
-    """The trainer as it is, which adds up the seconds that went into drawing batches."""
-
-    def __init__(self, case: Case, model: Flow) -> None:
-        from dgm_models.nn.maximum_likelihood import MaximumLikelihood
-
-        x = torch.randn(ROWS, case.dims, generator=torch.Generator().manual_seed(0))
-        train = Train(steps=10**9, batch_size=case.batch)
-        super().__init__(model, MaximumLikelihood(), ArraySource(x, model.data), train, Optims(OPTIM), 0)
-        self.drawing = 0.0
-
-    def _fetch(self, source: Source, start: int, stop: int, *path: int | str) -> Batch:
-        begun = time.process_time()
-        batch = super()._fetch(source, start, stop, *path)
-        self.drawing += time.process_time() - begun
-        return batch
-
-
-class Side:
-    """A peer's training."""
-
-    def __init__(self, case: Case, peer: Any) -> None:
-        self.peer, self.position = peer, 0
-        rng = torch.Generator().manual_seed(1)
-        self.ready = [torch.randn(case.batch, case.dims, generator=rng) for _ in range(READY)]
-        self.optimizer = torch.optim.Adam(peer.module.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
-
-    def step(self) -> None:
-        loss = -self.peer.log_prob(self.ready[self.position % READY]).mean()
-        self.position += 1
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-
-def seconds(action: Callable[[], object], times: int) -> float:
-    """Of one call, the processor's."""
-    begun = time.process_time()
-    for _ in range(times):
-        action()
-    return (time.process_time() - begun) / times
-
-
-def size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def nll(peer: Any, x: Tensor) -> Tensor:
+    found: Tensor = -peer.log_prob(x).mean()
+    return found
 
 
 def measure(case: Case, names: list[str], turns: int, length: float) -> None:
@@ -324,69 +275,26 @@ def measure(case: Case, names: list[str], turns: int, length: float) -> None:
                     f"{name} {size(peer.module)} and {theirs}"
                 )
             print(f"  first loss {loss:.6f}, {name} {theirs:.6f}")
-    trainer, rng = Ours(case, model), torch.Generator().manual_seed(0)
-    sides = {name: Side(case, peer) for name, peer in peers.items()}
+    data, ready, rng = (torch.Generator().manual_seed(seed) for seed in (0, 1, 0))
+    x = torch.randn(ROWS, case.dims, generator=data)
+    trainer = Ours(model, MaximumLikelihood(), x, case.batch, OPTIM)
+    batches = [torch.randn(case.batch, case.dims, generator=ready) for _ in range(READY)]
     steps: dict[str, Callable[[], object]] = {"ours": trainer.step}
     samples: dict[str, Callable[[], object]] = {"ours": lambda: model.sample(case.batch, rng)}
     for name in names:
-        steps[name] = sides[name].step
+        steps[name] = Training(peers[name].module, partial(nll, peers[name]), batches, OPTIM).step
         samples[name] = partial(peers[name].sample, case.batch)
-    for what, actions in (("step", steps), ("sampling", samples)):
-        timed(what, actions, trainer, turns, length)
-
-
-def timed(what: str, actions: dict[str, Callable[[], object]], trainer: Ours, turns: int, length: float) -> None:
-    found: dict[str, list[float]] = {name: [] for name in (*actions, "drawing")}
-    with torch.set_grad_enabled(what == "step"):
-        for action in actions.values():
-            seconds(action, 3)
-        times = {name: max(1, round(length / seconds(action, 3))) for name, action in actions.items()}
-        for turn in range(turns):
-            for name in list(actions) if turn % 2 == 0 else list(actions)[::-1]:
-                trainer.drawing = 0.0
-                found[name].append(seconds(actions[name], times[name]))
-                if name == "ours":
-                    found["drawing"].append(trainer.drawing / times[name])
-    took = ", ".join(f"{name} {statistics.median(found[name]) * 1e3:.3f} ms" for name in actions)
-    print(f"  {what}: {took}")
-    for name in actions:
-        if name == "ours":
-            continue
-        ratios = [a / b for a, b in zip(found["ours"], found[name], strict=True)]
-        print(f"    ours / {name}: {told(ratios)}", end="")
-        if what == "step":
-            alike = [(a - d) / b for a, d, b in zip(found["ours"], found["drawing"], found[name], strict=True)]
-            print(f"; without the drawing {told(alike)}", end="")
-        print(flush=True)
-
-
-def told(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+    timed("step", steps, trainer, turns, length)
+    with torch.no_grad():
+        timed("sampling", samples, None, turns, length)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=7, help="measurements of each side")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
-    parser.add_argument("--case", default="", help="only the cases whose name contains this")
-    options = parser.parse_args()
-    there = [name for name in PEERS if find_spec(name) is not None]
-    if missing := [name for name in PEERS if name not in there]:
-        print(f"not installed, and not measured: {', '.join(missing)}; how to install them:\n\n{__doc__}")
-    if not there:
-        raise SystemExit(1)
-    torch.set_num_threads(1)
-    kept = keep_freed_memory()  # as the project's workers do; it holds for the whole process, so for all sides
-    print(
-        f"torch {torch.__version__}, {', '.join(f'{name} {version(name)}' for name in there)}; "
-        f"freed memory is kept: {kept}; load average before: {os.getloadavg()[0]:.2f}"
-    )
-    for case in CASES:
-        if options.case in str(case):
-            measure(case, there, options.turns, options.seconds)
-    print(f"load average after: {os.getloadavg()[0]:.2f} (the benchmark itself is 1)")
-    if missing:
-        raise SystemExit(1)
+    options = asked(__doc__)
+    with frame({name: name for name in PEERS}, __doc__) as there:
+        for case in CASES:
+            if options.case in str(case):
+                measure(case, there, options.turns, options.seconds)
 
 
 if __name__ == "__main__":

@@ -23,18 +23,14 @@ norm over the whole batch with one mixing weight, so that no loss of it could eq
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
-import os
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -42,14 +38,14 @@ from typing import Any, Protocol
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks import side_by_side
+from benchmarks.side_by_side import asked, frame, in_turns, measured, median, ratios, size, told
 from dgm_models.method import Method, build
 from dgm_models.protocols import Batch, DataSpec
-from dgm_models.training.optim import Optim, Optims
-from dgm_models.training.runtime import keep_freed_memory
-from dgm_models.training.source import ArraySource, Source
-from dgm_models.training.trainer import Train, Trainer
+from dgm_models.training.optim import Optim
+from dgm_models.training.source import Source
 
 ROWS = 20_000  # of the dataset
 READY = 60  # batches that a peer finds in memory, and walks again and again
@@ -92,21 +88,17 @@ class Side(Protocol):
         ...
 
 
-class Ours(Trainer):
-    """The trainer as it is, which adds up the seconds that went into drawing batches and keeps the first ones."""
+class Ours(side_by_side.Ours):
+    """Keeps the first batches that it drew."""
 
     def __init__(self, case: Case, method: Method) -> None:
         rng = torch.Generator().manual_seed(0)
         x = torch.randint(case.data.levels or 2, (ROWS, *case.data.shape), generator=rng).to(torch.uint8)
-        train = Train(steps=10**9, batch_size=case.batch)
-        super().__init__(method.model, method.objective, ArraySource(x, case.data), train, Optims(case.optim), 0)
-        self.drawing = 0.0
-        self.drawn: list[Tensor] = []  # what the trainer drew, in model space
+        super().__init__(method.model, method.objective, x, case.batch, case.optim, time.perf_counter)
+        self.drawn: list[Tensor] = []  # in model space
 
     def _fetch(self, source: Source, start: int, stop: int, *path: int | str) -> Batch:
-        begun = time.perf_counter()
         batch = super()._fetch(source, start, stop, *path)
-        self.drawing += time.perf_counter() - begun
         if path == ("train",) and len(self.drawn) < READY:
             self.drawn.append(batch.x)
         return batch
@@ -319,15 +311,9 @@ def apart(a: float, b: float) -> float:
 # ---- the measurement
 
 
-def parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def seconds(side: Side, steps: int) -> float:
     """Of one step."""
-    begun = time.perf_counter()
-    side.steps(steps)
-    return (time.perf_counter() - begun) / steps
+    return side_by_side.seconds(side.steps, steps, time.perf_counter)
 
 
 def measure(case: Case, turns: int, length: float, folder: Path) -> None:
@@ -339,65 +325,35 @@ def measure(case: Case, turns: int, length: float, folder: Path) -> None:
     peer.take(ours.drawn)
     seconds(peer, 5)
     steps = max(3, round(length / seconds(ours, 5)))
-    found: dict[str, list[float]] = {"step": [], "drawing": [], "peer": []}
-    for turn in range(turns):
-        for side in ("ours", "peer") if turn % 2 == 0 else ("peer", "ours"):
-            if side == "peer":
-                found["peer"].append(seconds(peer, steps))
-            else:
-                ours.drawing = 0.0
-                found["step"].append(seconds(ours, steps))
-                found["drawing"].append(ours.drawing / steps)
+    runs = {"ours": ours.steps, "peer": peer.steps}
+    found = in_turns(runs, dict.fromkeys(runs, steps), turns, ours, time.perf_counter)
     report(case, method, mine, theirs, found, steps)
 
 
 def report(
     case: Case, method: Method, mine: list[float], theirs: list[float], found: dict[str, list[float]], steps: int
 ) -> None:
-    whole = [a / b for a, b in zip(found["step"], found["peer"], strict=True)]
-    alike = [(a - d) / b for a, d, b in zip(found["step"], found["drawing"], found["peer"], strict=True)]
-    step, drawing, peer = (statistics.median(found[name]) * 1e3 for name in ("step", "drawing", "peer"))
+    whole, alike = ratios(found, "peer")
+    step, drawing, peer = (median(found[name]) for name in ("ours", "drawing", "peer"))
     print(
-        f"{case}; {parameters(method.model):,} parameters, batch {case.batch}, {torch.get_default_dtype()}, "
-        f"{torch.get_num_threads()} thread, {len(found['step'])} turns of {steps} steps"
+        f"{case}; {size(method.model):,} parameters, batch {case.batch}, {torch.get_default_dtype()}, "
+        f"{torch.get_num_threads()} thread, {len(whole)} turns of {steps} steps"
     )
     print(
         f"  first loss {mine[0]:.6f}, {case.peer} {theirs[0]:.6f}; the {len(mine)} losses of the first {CHECKED} steps "
         f"differ by at most {max(map(apart, mine, theirs)):.1e} of their size"
     )
     print(f"  a step {step:.3f} ms, of it {drawing:.3f} ms drawing the batch; {case.peer} {peer:.3f} ms")
-    for name, ratios in (("with the drawing   ", whole), ("without the drawing", alike)):
-        print(
-            f"  ours / {case.peer}, {name}: {statistics.median(ratios):.3f} "
-            f"(turns {min(ratios):.3f} to {max(ratios):.3f})",
-            flush=True,
-        )
+    for name, each in (("with the drawing   ", whole), ("without the drawing", alike)):
+        print(f"  ours / {case.peer}, {name}: {told(each, 'turns ')}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=11, help="measurements of each side")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of one measurement")
-    parser.add_argument("--case", default="", help="only the cases whose name contains this")
-    options = parser.parse_args()
-    missing = [peer for peer, (module, _) in PEERS.items() if find_spec(module) is None]
-    if missing:
-        print(f"not installed, and not measured: {', '.join(missing)}; how to install them:\n\n{__doc__}")
-    if len(missing) == len(PEERS):
-        raise SystemExit(1)
-    torch.set_num_threads(1)
-    kept = keep_freed_memory()  # as the project's workers do; it holds for the whole process, so for both sides
-    print(
-        f"torch {torch.__version__}, {', '.join(f'{peer} {version(peer)}' for peer in PEERS if peer not in missing)}; "
-        f"freed memory is kept: {kept}; load average before: {os.getloadavg()[0]:.2f}"
-    )
-    with tempfile.TemporaryDirectory(prefix="dgm-bench-") as folder:
-        for case in CASES:
-            if case.peer not in missing and options.case in str(case):
-                measure(case, options.turns, options.seconds, Path(folder))
-    print(f"load average after: {os.getloadavg()[0]:.2f} (the benchmark itself is 1)")
-    if missing:
-        raise SystemExit(1)
+    options = asked(__doc__.splitlines()[0], 11, 2.0)
+    modules = {peer: module for peer, (module, _) in PEERS.items()}
+    with frame(modules, __doc__) as there, tempfile.TemporaryDirectory(prefix="dgm-bench-") as folder:
+        for case in measured(CASES, there, options.case):
+            measure(case, options.turns, options.seconds, Path(folder))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -49,13 +49,15 @@ class Optim:
         return 1.0 - min(done, 1.0) if self.schedule == "linear" else 1.0
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer over `module`'s parameters: decayed matrices and undecayed vectors as two groups."""
+        """The optimizer over `module`'s parameters: where weights decay, matrices and the rest as two groups."""
         parameters = list(module.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        groups: list[dict[str, Any]] = [{"params": parameters}]
+        if self.weight_decay:
+            groups = [
+                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
+                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            ]
+            groups = [group for group in groups if group["params"]]
         if self.name in ("adam", "adamw"):  # fused: one pass over memory, a fourth of the time of the loop on a CPU
             kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
             return kind(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
