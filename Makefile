@@ -49,10 +49,11 @@ bench: env
 peers: env
 	pip install -q --no-deps --target .dgm/peers pythae==0.1.2 torch-mimicry==0.1.16 zuko==1.6.0 nflows==0.14 \
 		diffusers==0.42.1 huggingface_hub==2.4.0 hf-xet==1.8.0 httpx2==2.16.2 httpcore2==2.16.2 truststore==0.10.5 \
-		torchcfm==1.0.7 POT==0.9.7.post1 torchebm==0.8.9
+		torchcfm==1.0.7 POT==0.9.7.post1 torchebm==0.8.9 normflows==1.7.3
 	PYTHONPATH=.:.dgm/peers python benchmarks/peers.py
 	PYTHONPATH=.:.dgm/peers python benchmarks/flow_peers.py
 	PYTHONPATH=.:.dgm/peers python benchmarks/diffusion_peers.py
+	PYTHONPATH=.:.dgm/peers python benchmarks/likelihood_peers.py
 
 # every fault; needs Linux and root (or `unshare --user --map-root-user --mount`) for those that need hosts
 drills: env
