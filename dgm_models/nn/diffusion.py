@@ -221,7 +221,7 @@ class Diffusion(Model):
         steps, total = told.diff(), told[-1] - told[0]
         found = self._end(x) + self._first(x, times[-2].expand(len(x)), rng, cond)
         between = torch.zeros_like(found)
-        for part in range(k):
+        for part in range(k if len(steps) else 0):  # a chain of one step has none between
             u = torch.rand(len(x), generator=rng, device=rng.device, dtype=torch.float64)
             i = torch.searchsorted(
                 told[1:-1].contiguous(), told[0] + (part + u) / k * total

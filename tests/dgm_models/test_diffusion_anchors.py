@@ -244,7 +244,7 @@ def bound(model: Diffusion, x: Tensor, k: int, repeats: int) -> tuple[Tensor, Te
     return found.mean(1), found.std(1) / math.sqrt(repeats)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=called)
+@pytest.mark.parametrize("path", [*PATHS, Linear(beta_last=5e-4, length=1)], ids=called)
 def test_bound_of_normal_data_is_its_closed_form(path: Path) -> None:
     """Every reverse step is then exact, and what is lost is E_q(x_1|x) log q(x_1) / N(x_1; 0, sigma(1)^2)."""
     s = 0.6
