@@ -57,6 +57,9 @@ class Work:
         return f"dgm-{self.verb}-{self.digest}"
 
 
+PATIENCE_S = 60.0  # for how long a job server that cannot be reached or takes no job is asked again
+
+
 def ticket() -> dict[str, Any] | None:
     """What the submitter wrote down for this job, None outside of one."""
     path = paths.ticket()
@@ -116,7 +119,8 @@ def submit(work: Work, params: Params) -> str:
     with tempfile.TemporaryDirectory(prefix="dgm-job-") as folder:
         project(work, params, Path(folder))
         try:
-            jobs.submit_job(
+            _hand_over(
+                jobs,
                 submission_id=id,
                 entrypoint=f"python -m pipelines {work.verb} {work.key} --store-only",
                 runtime_env={"working_dir": folder, "env_vars": environment(params)},
@@ -126,6 +130,19 @@ def submit(work: Work, params: Params) -> str:
             if status(jobs, id) not in RUNNING:  # otherwise somebody else submitted it meanwhile
                 raise ValueError(f"{id}: not taken: {str(error).strip().splitlines()[-1][:300]}") from error
     return id
+
+
+def _hand_over(jobs: Any, **given: Any) -> None:
+    """Submits; asks again while the head, as when it has just come up, has no agent that takes jobs."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            jobs.submit_job(**given)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(1.0)
 
 
 def environment(params: Params) -> dict[str, str]:
@@ -161,9 +178,6 @@ def status(jobs: Any, id: str) -> str | None:
         if "does not exist" in str(error) or "404" in str(error):
             return None
         raise
-
-
-PATIENCE_S = 60.0  # for how long an unreachable job server is asked again
 
 
 def wait(id: str, work: Work, params: Params) -> None:

@@ -106,6 +106,30 @@ def test_submitter_that_comes_second_attaches(work: Work, monkeypatch: pytest.Mo
     assert _submit(work, Racing({}), monkeypatch) == work.id
 
 
+@pytest.mark.parametrize("refusals", [2, 100])
+def test_head_without_an_agent_is_asked_again_for_a_while(
+    work: Work, monkeypatch: pytest.MonkeyPatch, refusals: int
+) -> None:
+    class Starting(Jobs):
+        refused = 0
+
+        def submit_job(self, submission_id: str, **given: Any) -> None:
+            if self.refused < refusals:
+                self.refused += 1
+                raise RuntimeError("Request failed with status code 500: No available agent to submit job")
+            super().submit_job(submission_id, **given)
+
+    clock = iter(range(1000))
+    monkeypatch.setattr(submission.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(submission.time, "sleep", lambda seconds: None)
+    jobs = Starting({})
+    if refusals == 2:
+        assert _submit(work, jobs, monkeypatch) == work.id and len(jobs.submitted) == 1
+    else:
+        with pytest.raises(ValueError, match="not taken: .*No available agent"):
+            _submit(work, jobs, monkeypatch)
+
+
 def test_store_in_a_folder_is_refused_before_anything_is_sent(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = Jobs({})
     monkeypatch.setattr(submission, "client", lambda cluster: jobs)
