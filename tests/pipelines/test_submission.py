@@ -126,7 +126,7 @@ def test_head_without_an_agent_is_asked_again_for_a_while(
     if refusals == 2:
         assert _submit(work, jobs, monkeypatch) == work.id and len(jobs.submitted) == 1
     else:
-        with pytest.raises(ValueError, match="not taken: .*No available agent"):
+        with pytest.raises(ValueError, match=r"not taken: .*No available agent"):
             _submit(work, jobs, monkeypatch)
 
 
