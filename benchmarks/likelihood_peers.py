@@ -6,12 +6,13 @@ The peers are no dependencies of the project. They go into a folder of their own
     PYTHONPATH=.:/tmp/peers python benchmarks/likelihood_peers.py
 
 Both sides have the same network with the same weights, Adam, float32 and one thread, in one process. Before anything
-is timed, the other side's loss on the first batch and the norm of its gradient must be ours, and what its sampler makes
-of the latents of that batch must be the batch. A peer's step is its loss, the gradient and Adam with torch's settings
-on a batch that is ready in memory, encoded; ours is `Trainer.step` with everything in it, and beside it the same
-without the drawing of the batch, in which levels are encoded (noise and a logit for flows). Sampling is one call
-without gradient. Times are the processor's, of this process. Ratios are taken within a turn, in which the sides
-alternate; the median over the turns is printed.
+is timed, the other side's loss on the first batch and the norm of its gradient must be ours, and for flows what its
+sampler makes of our latents of that batch must be the batch. A peer's step is its loss, the gradient and torch's Adam
+as it is by default (the project's asks for its fused form) on an encoded batch that is ready in memory. Ours is
+`Trainer.step` with everything in it, and beside it the same without the drawing of the batch, in which levels are
+encoded: for flows with noise, and RealNVP's with a logit. Sampling is one call without gradient. Times are the
+processor's, of this process. Ratios are taken within a turn, in which the sides alternate; the median over the turns is
+printed.
 
 What a peer is:
 

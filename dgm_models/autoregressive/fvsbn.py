@@ -24,11 +24,16 @@ class Fvsbn(Autoregressive):
     Source: Frey, Hinton, Dayan 1996; Gan et al. 2015, section 2. Differs: the label, where there is one, moves b.
     """
 
+    mask: Tensor
+
     def __init__(self, data: DataSpec, order: Order, order_seed: int, condition: Condition | None) -> None:
         super().__init__(data, Discrete(data), likelihood("auto", data), in_order(data, order, order_seed), condition)
         self.entry, self.conditioner = Entry(data, signed=False), label_conditioner(condition, data)
         inputs, outputs = self.entry.size, self.likelihood.num_params
         self.linear = MaskedLinear(data.dims * inputs, data.dims * outputs, strict=True)
+        place = torch.arange(data.dims)
+        mask = self.linear.mask(place.repeat_interleave(inputs), place.repeat_interleave(outputs))
+        self.register_buffer("mask", mask, persistent=False)
         classes = self.conditioner.vector_dim
         self.asked = nn.Linear(classes, data.dims * outputs, bias=False) if classes else None
 
@@ -43,11 +48,7 @@ class Fvsbn(Autoregressive):
 
     def conditionals(self, x: Tensor, cond: Tensor | None) -> Tensor:
         entered = self.entry(x.flatten(1)[:, self.places[:, 0]], self.linear.weight.dtype)
-        place = torch.arange(self.data.dims, device=x.device)
-        weight = self.linear.kept(
-            place.repeat_interleave(self.entry.size), place.repeat_interleave(self.likelihood.num_params)
-        )
-        logits = F.linear(entered.flatten(1), weight) + self._bias(len(x), cond)
+        logits = F.linear(entered.flatten(1), self.linear.weight * self.mask) + self._bias(len(x), cond)
         return logits.reshape(len(x), self.data.dims, -1)
 
     def start(self, n: int, cond: Tensor | None) -> Tensor:

@@ -41,13 +41,13 @@ class MaskedLinear(nn.Linear):
         super().__init__(in_dim, out_dim, bias)
         self.strict = strict
 
-    def kept(self, degrees_in: Tensor, degrees_out: Tensor) -> Tensor:
-        """The weight [out, in], 0 where the degrees admit no connection."""
+    def mask(self, degrees_in: Tensor, degrees_out: Tensor) -> Tensor:
+        """[out, in] of the weight's type: 1 where the degrees admit a connection, 0 elsewhere."""
         above = degrees_out[:, None] > degrees_in if self.strict else degrees_out[:, None] >= degrees_in
-        return self.weight * above
+        return above.to(self.weight.dtype)
 
-    def forward(self, x: Tensor, degrees_in: Tensor, degrees_out: Tensor) -> Tensor:  # type: ignore[override]
-        return F.linear(x, self.kept(degrees_in, degrees_out), self.bias)
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return F.linear(x, self.weight * mask, self.bias)
 
 
 @dataclass
@@ -66,6 +66,10 @@ class Walk:
     hidden: list[Tensor]
     last: Tensor
     direct: Tensor | None
+
+
+def _loaded(network: MaskedMlp, _: object) -> None:
+    network.keep_masks()
 
 
 class MaskedMlp(nn.Module):
@@ -118,6 +122,33 @@ class MaskedMlp(nn.Module):
         # the first dimension's outputs see no hidden unit: the context needs a way past them
         self.context = nn.Linear(context_dim, width, bias=False) if context_dim else None
         self.context_last = nn.Linear(context_dim, dims * outputs, bias=False) if context_dim else None
+        if masks == 1:  # their computation took a tenth of the step of a network with one hidden layer
+            self.keep_masks()
+            self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
+
+    def keep_masks(self) -> None:
+        """Computes the masks of the one mask set again."""
+        for i, mask in enumerate(self._computed(self.degrees(0))):
+            self.register_buffer(f"mask_{i}", mask, persistent=False)
+
+    def _linears(self) -> list[MaskedLinear]:
+        """The hidden layers, the last one, and the direct one where there is one."""
+        found = [*self.layers, self.last, *([self.direct] if self.direct is not None else [])]
+        return [layer for layer in found if isinstance(layer, MaskedLinear)]
+
+    def _computed(self, degrees: Degrees) -> list[Tensor]:
+        """The masks of `_linears`."""
+        inputs, outputs = degrees.order.repeat_interleave(self.inputs), degrees.order.repeat_interleave(self.outputs)
+        steps = [*pairwise([inputs, *degrees.hidden, outputs]), (inputs, outputs)]
+        return [layer.mask(*step) for layer, step in zip(self._linears(), steps, strict=False)]
+
+    def masks(self, mask: Tensor | int | Degrees) -> list[Tensor]:
+        """The weights' masks [out, in] under one mask set: of the hidden layers, the last, and the direct one."""
+        if isinstance(mask, Degrees):
+            return self._computed(mask)
+        if len(self.order) > 1:
+            return self._computed(self.degrees(mask))
+        return [self.get_buffer(f"mask_{i}") for i in range(len(self._linears()))]
 
     def degrees(self, mask: Tensor | int) -> Degrees:
         """The mask set of this number."""
@@ -125,41 +156,32 @@ class MaskedMlp(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | int | Degrees, context: Tensor | None = None) -> Tensor:
         """x [B, D * inputs] and context [B, context_dim] -> [B, D, outputs]."""
-        degrees = mask if isinstance(mask, Degrees) else self.degrees(mask)
-        inputs, outputs = self._ends(degrees)
-        h, before = x, inputs
+        masks = self.masks(mask)
+        h = x
         for i, layer in enumerate(self.layers):
-            h = layer(h, before, degrees.hidden[i])
+            h = layer(h, masks[i])
             if i == 0 and self.context is not None:
                 h = h + self.context(context)
-            h, before = F.relu(h), degrees.hidden[i]
-        found: Tensor = self.last(h, before, outputs)
+            h = F.relu(h)
+        found: Tensor = self.last(h, masks[len(self.layers)])
         if self.direct is not None:
-            found = found + self.direct(x, inputs, outputs)
+            found = found + self.direct(x, masks[-1])
         if self.context_last is not None:
             found = found + self.context_last(context)
         return found.reshape(len(x), self.dims, self.outputs)
-
-    def _ends(self, degrees: Degrees) -> tuple[Tensor, Tensor]:
-        """The degrees of the inputs [D * inputs] and of the outputs [D * outputs]."""
-        return degrees.order.repeat_interleave(self.inputs), degrees.order.repeat_interleave(self.outputs)
 
     # ---- one dimension after another
 
     def start(self, n: int, mask: Tensor | int | Degrees, context: Tensor | None = None) -> Walk:
         """The walk of n examples of which nothing is known: what `step` reads and `admit` adds to."""
-        degrees = mask if isinstance(mask, Degrees) else self.degrees(mask)
-        inputs, outputs = self._ends(degrees)
-        layers = [layer for layer in self.layers if isinstance(layer, MaskedLinear)]
-        weights = [
-            layer.kept(before, after)
-            for layer, (before, after) in zip(layers, pairwise([inputs, *degrees.hidden]), strict=True)
-        ]
-        sums, skip = layers[0].bias.expand(n, -1).clone(), self.last.bias.expand(n, -1).clone()
+        weights = [layer.weight * kept for layer, kept in zip(self._linears(), self.masks(mask), strict=True)]
+        first, last = self.layers[0], len(self.layers)
+        assert isinstance(first, MaskedLinear)
+        sums, skip = first.bias.expand(n, -1).clone(), self.last.bias.expand(n, -1).clone()
         if self.context is not None and self.context_last is not None:
             sums, skip = sums + self.context(context), skip + self.context_last(context)
-        direct = None if self.direct is None else self.direct.kept(inputs, outputs)
-        return Walk(sums, skip, weights[0], weights[1:], self.last.kept(degrees.hidden[-1], outputs), direct)
+        direct = None if self.direct is None else weights[-1]
+        return Walk(sums, skip, weights[0], weights[1:last], weights[last], direct)
 
     def step(self, walk: Walk, d: int) -> Tensor:
         """Dimension d's outputs [n, outputs]."""

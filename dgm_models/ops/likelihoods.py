@@ -58,7 +58,10 @@ class Categorical:
         self.num_params = levels
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        return -F.cross_entropy(params.float(), x, reduction="none").flatten(1).sum(1)
+        params, target = params.float(), x
+        if params.stride(1) == 1:  # levels side by side in memory; torch is slow over any axis but the last
+            params, target = params.movedim(1, -1).reshape(-1, self.num_params), x.flatten()
+        return -F.cross_entropy(params, target, reduction="none").reshape(x.shape).flatten(1).sum(1)
 
     def sample(self, params: Tensor, rng: torch.Generator, temperature: float = 1.0) -> Tensor:
         probabilities = (params.float() / temperature).softmax(1).movedim(1, -1)

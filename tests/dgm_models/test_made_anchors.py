@@ -71,10 +71,18 @@ def test_made_conditionals_keep_every_bit_when_later_values_change(configuration
 def test_made_twin_whose_output_sees_itself_is_caught() -> None:
     made = model(levels=2, masks=1, random_order=False)
     made.network.last.strict = False
+    made.network.keep_masks()
     jacobian = torch.autograd.functional.jacobian(lambda v: made.network(v, 0)[0, :, 0], torch.zeros(1, 6))[:, 0]
     assert bool(jacobian.diagonal().any()) and not bool(jacobian.triu(1).any())
     total = float(made.log_prob(cases.every_state(made.data)).detach().double().exp().sum())
     assert abs(total - 1) > 1e-4  # a hundred tolerances of the law of the sum
+
+
+def test_made_follows_the_mask_set_that_it_loads() -> None:
+    one, other = (model(levels=2, masks=1, random_order=True, mask_seed=seed) for seed in (0, 1))
+    x = cases.every_state(one.data)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other.log_prob(x), one.log_prob(x))
 
 
 @pytest.mark.parametrize("levels", [2, 3])
