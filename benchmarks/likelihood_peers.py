@@ -32,7 +32,7 @@ channel have no mask and are torch's. Its kernels have rows below the pixel, whi
 have: these weights are stated as spare, and Adam walks over them.
 
 loop, sums: NADE in plain torch, written here, its gradient torch's. The loop adds a dimension's product to the hidden
-sums and reads the next output, dimension after dimension, as public implementations do; sums takes the cumulative sums
+sums and reads the next output, dimension after dimension; sums takes the cumulative sums
 of all dimensions at once.
 """
 
