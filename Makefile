@@ -14,7 +14,7 @@ repro: env
 	dvc repro
 
 test: env lint
-	pytest -n 2 --dist loadfile
+	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 env: .venv/ready
 

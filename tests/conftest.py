@@ -2,4 +2,13 @@
 
 import os
 
+import pytest
+
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported anywhere
+
+LONG = ("drills", "end_to_end")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Few tests of several minutes go first: begun last, they leave one of two processes without work."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
