@@ -10,5 +10,5 @@ LONG = ("drills", "end_to_end")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Few tests of several minutes go first: begun last, they leave one of two processes without work."""
+    """Tests of minutes go first, so that the files that are handed out last are short ones."""
     items.sort(key=lambda item: item.path.parent.name not in LONG)
