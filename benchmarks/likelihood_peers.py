@@ -259,7 +259,7 @@ class Nflows:
                 other.mask.copy_(above(between[i + 1][:, None], between[i]))
 
     def loss(self, x: Tensor) -> Tensor:
-        return cross_entropy(self.module(2 * x.flatten(1) - 1), x)
+        return cross_entropy(self.module(x.flatten(1)), x)
 
 
 class Block(nn.Module):

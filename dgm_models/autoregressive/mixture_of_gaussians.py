@@ -21,6 +21,7 @@ def mixture_of_gaussians(
     random_order: bool = False,
     direct: bool = False,
     mask_seed: NonNegative = 0,
+    mirrored: bool = False,
     cond: Condition | None = None,
 ) -> tuple[MaskedAutoregression, EveryMask]:
     """p(x_d | x before d) = sum_k w_k N(mean_k, scale_k^2), weights, means and scales from one masked network.
@@ -33,11 +34,11 @@ def mixture_of_gaussians(
         data: what is modelled.
         components: Gaussians of every conditional.
         width, depth: hidden units a layer, and hidden layers.
-        masks, random_order, direct, mask_seed, cond: as for autoregressive/made.
+        masks, random_order, direct, mask_seed, mirrored, cond: as for autoregressive/made.
     """
     model = MaskedAutoregression(
         data, continuous(data), MixtureOfGaussians(components), width, depth, masks, random_order, direct, mask_seed,
-        cond,
+        cond, mirrored,
     )  # fmt: skip
     with torch.no_grad():  # close to one mixture for all x, of components that differ: scales are exp of the outputs
         model.network.last.weight.mul_(0.1)

@@ -30,6 +30,20 @@ class Degrees(NamedTuple):
     order: Tensor
     hidden: Tensor
 
+    def mirrored(self) -> Degrees:
+        """The set of the opposite order that keeps the connections which this one masks."""
+        dims = len(self.order)
+        return Degrees(dims - 1 - self.order, dims - 2 - self.hidden)
+
+    @staticmethod
+    def drawn(order: Tensor, width: int, depth: int, rng: torch.Generator) -> Degrees:
+        """A set of this order, of degrees with which every unit sees an input."""
+        hidden, lowest = [], 0
+        for _ in range(depth):
+            hidden.append(torch.randint(lowest, max(len(order) - 1, lowest + 1), (width,), generator=rng))
+            lowest = int(hidden[-1].min())
+        return Degrees(order, torch.stack(hidden))
+
 
 class MaskedLinear(nn.Linear):
     """A linear layer that keeps weight [i, j] where the degree of output i admits the degree of input j.
@@ -85,6 +99,9 @@ class MaskedMlp(nn.Module):
         direct: connections from inputs to outputs as well.
         seed: of degrees and orders.
         context_dim: of a vector that every output depends on; 0 for none.
+        mirrored: sets come in pairs. The second has the opposite order, and a unit that sees the first h dimensions
+            under one sees all the others under the other: what one set masks is what the other keeps, so the two share
+            no weight but those between hidden units of the same degree.
     """
 
     order: Tensor
@@ -102,19 +119,18 @@ class MaskedMlp(nn.Module):
         direct: bool,
         seed: int,
         context_dim: int = 0,
+        mirrored: bool = False,
     ) -> None:
         super().__init__()
         self.dims, self.inputs, self.outputs = dims, inputs, outputs
         rng = torch.Generator().manual_seed(seed)
-        orders = [torch.randperm(dims, generator=rng) if random_order else torch.arange(dims) for _ in range(masks)]
-        degrees = torch.zeros(masks, depth, width, dtype=torch.int64)
-        for mask in range(masks):
-            lowest = 0
-            for layer in range(depth):
-                degrees[mask, layer] = torch.randint(lowest, max(dims - 1, lowest + 1), (width,), generator=rng)
-                lowest = int(degrees[mask, layer].min())
-        self.register_buffer("order", torch.stack(orders))  # [masks, D]: the place of each dimension
-        self.register_buffer("hidden", degrees)
+        number = (masks + 1) // 2 if mirrored else masks
+        orders = [torch.randperm(dims, generator=rng) if random_order else torch.arange(dims) for _ in range(number)]
+        sets = [Degrees.drawn(order, width, depth, rng) for order in orders]
+        if mirrored:
+            sets = [each for one in sets for each in (one, one.mirrored())][:masks]
+        self.register_buffer("order", torch.stack([one.order for one in sets]))  # [masks, D]
+        self.register_buffer("hidden", torch.stack([one.hidden for one in sets]))  # [masks, depth, width]
         sizes = [dims * inputs] + [width] * depth
         self.layers = nn.ModuleList(MaskedLinear(a, b) for a, b in pairwise(sizes))
         self.last = MaskedLinear(width, dims * outputs, strict=True)
@@ -209,7 +225,7 @@ class MaskedAutoregression(Autoregressive):
 
     Args:
         data, codec, likelihood, condition: as in `Autoregressive`; one value is one place.
-        width, depth, masks, random_order, direct, seed: of the `MaskedMlp`.
+        width, depth, masks, random_order, direct, seed, mirrored: of the `MaskedMlp`.
     """
 
     mask: Tensor
@@ -226,14 +242,16 @@ class MaskedAutoregression(Autoregressive):
         direct: bool = False,
         seed: int = 0,
         condition: Condition | None = None,
+        mirrored: bool = False,
     ) -> None:
         super().__init__(data, codec, likelihood, condition=condition)
-        self.entry, self.conditioner = Entry(data), label_conditioner(condition, data)
+        self.num_masks, self.agnostic = masks, random_order and masks > 1
+        # what a mask hides is 0: with many orders a bit that is off must differ from it, with one it need not
+        self.entry, self.conditioner = Entry(data, signed=self.agnostic), label_conditioner(condition, data)
         self.network = MaskedMlp(
             data.dims, self.entry.size, likelihood.num_params, width, depth, masks, random_order, direct, seed,
-            self.conditioner.vector_dim,
+            self.conditioner.vector_dim, mirrored,
         )  # fmt: skip
-        self.num_masks, self.agnostic = masks, random_order and masks > 1
         self.followed: Degrees | None = None
         self.register_buffer("mask", torch.zeros((), dtype=torch.int64))
         self.choose(0)
@@ -298,30 +316,32 @@ class MaskedAutoregression(Autoregressive):
 
         Where the known values come first in the order of every mask set, the draws have the exact conditional
         distribution: an example takes a set with probability in proportion to what the set gives its known values.
-        Otherwise, with random orders, each distinct pattern of known values gets an order of its own in which they come
-        first, drawn by `rng`, with the hidden degrees of one of the sets: what a network trained on many orders can do.
+        Where they come first in some sets' orders, an example takes one of these, in the same proportion. Where they
+        come first in none, with random orders, each distinct pattern of known values gets an order of its own in which
+        they do, drawn by `rng`, with the hidden degrees of one of the sets: what a network trained on many orders can
+        do.
 
         Source: Uria et al. 2014, section 3, arXiv:1310.1757; Germain et al. 2015, section 4.2.
 
         Args, Returns: as in `Autoregressive`.
-        Raises: ValueError when a value is known that comes after one that is not, and there is only one order.
+        Raises: ValueError when in every order a value is known that comes after one that is not; not of random orders.
         """
         if self.num_masks == 1:
             return super().complete(x, known, rng, cond)
         check(self.condition, cond)
         flat, sets = known.flatten(1), [self.network.degrees(mask) for mask in range(self.num_masks)]
-        exact = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        if self.agnostic:
-            for degrees in sets:
-                there = flat[:, degrees.order.argsort()]
-                exact &= ~(there[:, 1:] & ~there[:, :-1]).any(1)
-        parts, more = [], 0
-        if bool(exact.any()):
+        there = torch.stack([flat[:, degrees.order.argsort()] for degrees in sets], 1)  # [n, masks, D]
+        first = ~(there[..., 1:] & ~there[..., :-1]).any(-1)
+        some, parts, more = first.any(1), [], 0
+        if bool(some.any()):
             log_p, more = self._log_known(x, flat, cond)
-            chosen = torch.multinomial(log_p.softmax(1), 1, generator=rng)[:, 0]
-            parts = [(degrees, exact & (chosen == mask)) for mask, degrees in enumerate(sets)]
-        for pattern in torch.unique(flat[~exact], dim=0):
-            parts.append((self._beginning_with(pattern, rng), ~exact & (flat == pattern).all(1)))
+            weights = log_p.masked_fill(~first, -math.inf)[some].softmax(1)
+            chosen = torch.full(some.shape, -1, device=x.device)
+            chosen[some] = torch.multinomial(weights, 1, generator=rng)[:, 0]
+            parts = [(degrees, chosen == mask) for mask, degrees in enumerate(sets)]
+        for pattern in torch.unique(flat[~some], dim=0):
+            degrees = self._beginning_with(pattern, rng) if self.agnostic else sets[0]  # which refuses it
+            parts.append((degrees, ~some & (flat == pattern).all(1)))
         drawn, evaluations = x.clone(), 0
         for degrees, rows in parts:
             if bool(rows.any()):

@@ -24,6 +24,7 @@ def model(levels: int = 2, dims: int = 6, **params: object) -> MaskedAutoregress
 CONFIGURATIONS = [
     {"levels": 2}, {"levels": 5}, {"levels": 40}, {"levels": 2, "depth": 1, "direct": False},
     {"levels": 3, "random_order": False}, {"levels": 2, "dims": 1}, {"levels": 2, "dims": 2, "depth": 3},
+    {"levels": 3, "mirrored": True}, {"levels": 2, "mirrored": True, "random_order": False, "dims": 1},
 ]  # fmt: skip
 
 
@@ -50,6 +51,20 @@ def test_made_with_direct_connections_sees_every_earlier_variable() -> None:
     jacobian = torch.autograd.functional.jacobian(lambda v: made.network(v, 0)[0, :, 0], torch.zeros(1, 6))[:, 0]
     place = made.network.order[0]
     assert torch.equal(jacobian != 0, place[:, None] > place[None])
+
+
+@pytest.mark.parametrize("random_order", [False, True])
+def test_made_mirrored_pair_keeps_what_the_other_masks(random_order: bool) -> None:
+    made = model(levels=3, mirrored=True, masks=4, random_order=random_order)
+    for pair in (0, 2):
+        one, other = made.network.masks(pair), made.network.masks(pair + 1)
+        itself = torch.eye(6).repeat_interleave(3, 0).repeat_interleave(3, 1)  # no value is seen by its own output
+        shared = made.network.hidden[pair, 0] == made.network.hidden[pair, 1][:, None]
+        expected = [torch.ones(24, 18), 1 + shared.float(), torch.ones(18, 24), 1 - itself]
+        for a, b, total in zip(one, other, expected, strict=True):
+            assert torch.equal(a + b, total)
+    assert not torch.equal(made.network.hidden[0], made.network.hidden[2])
+    assert made.network.order[0].equal(made.network.order[2]) is not random_order
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS[:3], ids=name)
@@ -103,7 +118,7 @@ def test_made_learns_the_counts_of_four_bits() -> None:
     states = cases.every_state(data).to(torch.uint8)
     x = states.repeat_interleave(counts, 0)
     method = build("autoregressive/made", data, width=48, depth=1)
-    fit(method, x, steps=500, batch_size=len(x), optim={"lr": 0.02, "schedule": "cosine"}, report_every=500)
+    fit(method, x, steps=800, batch_size=len(x), optim={"lr": 0.02, "schedule": "cosine"}, report_every=800)
     shares = counts.double() / counts.sum()
     with torch.no_grad():
         log_p = method.model.log_prob(states.long()).double()
@@ -116,6 +131,22 @@ def test_made_learns_the_counts_of_four_bits() -> None:
     independent = [float(states[:, d].double() @ shares) for d in range(4)]
     baseline = sum(-p * math.log(p) - (1 - p) * math.log(1 - p) for p in independent) - entropy
     assert baseline > 20 * divergence  # the bits are dependent
+
+
+@pytest.mark.parametrize("levels", [2, 3])
+def test_made_begins_at_base_rates(levels: int) -> None:
+    x = torch.randint(levels, (40, 2, 5), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    x[:, 0, 0] = 1  # a value that never changes
+    method = build("autoregressive/made", DataSpec("image", (1, 2, 5), levels), width=8, base_rates=True)
+    with torch.no_grad():
+        for p in method.model.network.parameters():
+            p.zero_()
+    fit(method, x[:, None], steps=1, batch_size=40, optim={"lr": 1e-12}, report_every=1)
+    counts = torch.stack([(x == level).sum(0).flatten() for level in range(levels)], 1) + 0.5
+    states = torch.arange(levels)[:, None].expand(levels, 10).reshape(levels, 1, 2, 5)
+    with torch.no_grad():
+        found = method.model.log_prob(states)
+    assert torch.allclose(found, (counts / counts.sum(1, keepdim=True)).log().sum(0), atol=1e-5)
 
 
 def test_made_reads_levels_as_one_hot_up_to_its_limit() -> None:
@@ -181,6 +212,24 @@ def test_made_ensemble_of_one_order_completes_exactly() -> None:
     assert bool(((equal_chances - expected).abs() > 2 * error).any())
     with pytest.raises(ValueError, match=r"known: .* comes after one that"):
         made.complete(one, ~known[:1], torch.Generator())
+
+
+@torch.no_grad()
+def test_made_mirrored_pair_completes_from_either_end() -> None:
+    made, n = sharp(dims=4, masks=2, mirrored=True, random_order=False), 20_000
+    states = cases.every_state(made.data)
+    for end, mask in ((slice(0, 2), 0), (slice(2, 4), 1)):
+        known = torch.zeros(n, 4, dtype=torch.bool)
+        known[:, end] = True
+        one = torch.tensor([[1, 0, 0, 1]])
+        drawn = made.complete(one.expand(n, -1), known, torch.Generator().manual_seed(0))
+        possible = states[(states[:, end] == one[:, end]).all(1)]
+        # of the set in which the known come first
+        expected = made.log_prob_of(possible, None, mask).double().softmax(0)
+        error = 5 * (expected * (1 - expected) / n).sqrt()
+        assert bool(((shares(drawn, possible) - expected).abs() < error).all())
+    with pytest.raises(ValueError, match=r"known: .* comes after one that"):
+        made.complete(one, torch.tensor([[False, True, False, False]]), torch.Generator())
 
 
 def test_made_of_random_orders_completes_whatever_is_known() -> None:
