@@ -72,7 +72,7 @@ RECIPES = {
         "autoregressive/pixel_rnn", 1, 0.99, 0.25, params={"width": 16, "blocks": 2},
         optim={"lr": 3e-3, "clip": 100.0},
     ),
-    "nice": Recipe("flows/nice", 6, 0.998, 1, "mnist", optim={"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-4}),
+    "nice": Recipe("flows/nice", 8, 0.99, 1, "mnist", optim={"lr": 4e-3, "betas": (0.9, 0.99), "eps": 1e-4}),
 }  # fmt: skip
 
 

@@ -153,6 +153,9 @@ def test_made_reads_levels_as_one_hot_up_to_its_limit() -> None:
     assert model(levels=ONE_HOT_LEVELS, masks=1).network.inputs == ONE_HOT_LEVELS
     assert model(levels=ONE_HOT_LEVELS + 1, masks=1).network.inputs == 1
     assert model(levels=2, masks=1).network.outputs == 1
+    bits = torch.tensor([[0, 1, 0, 1, 1, 0]])
+    assert torch.equal(model(masks=3, random_order=False).entered(bits), bits.float())
+    assert torch.equal(model(masks=3, random_order=True).entered(bits), 2 * bits.float() - 1)
 
 
 def test_made_walks_its_masks_in_training() -> None:
