@@ -11,7 +11,7 @@ are kept, and a training stops when it has not improved for `PATIENCE` validatio
 The log is the learning curve.
 
     python benchmarks/exact_mnist.py --log exact_mnist.jsonl
-    python benchmarks/exact_mnist.py made --width 8000 --device cuda   # the paper's size
+    python benchmarks/exact_mnist.py made --params '{"width": 8000}' --device cuda   # the paper's size
 """
 
 from __future__ import annotations
@@ -91,9 +91,7 @@ def main() -> None:
     parser.add_argument("--decay", type=float, help="in place of the recipe's")
     parser.add_argument("--lr", type=float, help="in place of the recipe's")
     parser.add_argument("--weight-decay", type=float, help="in place of the recipe's")
-    parser.add_argument("--width", type=int, help="in place of the recipe's")
-    parser.add_argument("--depth", type=int, help="in place of the recipe's")
-    parser.add_argument("--masks", type=int, help="in place of the recipe's")
+    parser.add_argument("--params", type=json.loads, default={}, help='over the recipe\'s, as JSON: {"width": 500}')
     options = parser.parse_args()
     if unknown := set(options.names) - RECIPES.keys():
         parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(RECIPES)}")
@@ -110,12 +108,8 @@ def train(name: str, options: argparse.Namespace) -> None:
     spec = shards.read_manifest(data).spec()
     rows = {split: shards.load(data, split).x for split in ("train", "valid", "test")}
 
-    def own(section: dict[str, Any], *keys: str) -> dict[str, Any]:
-        given = {key: getattr(options, key) for key in keys}
-        return section | {key: value for key, value in given.items() if value is not None}
-
-    params = own(recipe.params, "width", "depth", "masks")
-    optim = own({**recipe.optim, "schedule": "cosine"}, "lr", "weight_decay")
+    given = {key: getattr(options, key) for key in ("lr", "weight_decay") if getattr(options, key) is not None}
+    params, optim = recipe.params | options.params, recipe.optim | {"schedule": "cosine"} | given
     epochs, steps = options.epochs or recipe.epochs, len(rows["train"]) // BATCH
     method = dgm_models.build(recipe.method, spec, seed=options.seed, **params)
     size = sum(p.numel() for p in method.model.parameters())
