@@ -59,7 +59,7 @@ class Recipe:
 RECIPES = {
     "fvsbn": Recipe("autoregressive/fvsbn", 16, 0.999, optim={"lr": 2e-2, "weight_decay": 1e-4}),
     "nade": Recipe("autoregressive/nade", 12, 0.9995, params={"width": 500}, optim={"lr": 3e-3, "weight_decay": 1e-5}),
-    # a raster and its mirror: each order has the weights that the other masks. Two sets of one order end 0.9 nats higher
+    # a raster and its mirror: each has the weights that the other masks. Two sets of one order end 0.9 nats higher
     "made": Recipe(
         "autoregressive/made", 14, 0.999, optim={"lr": 3e-3, "clip": 100.0},
         params={"width": 1000, "depth": 2, "masks": 2, "mirrored": True, "direct": True, "base_rates": True},
